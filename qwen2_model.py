@@ -1,0 +1,373 @@
+"""The Qwen2.5 decoder, by hand: RMSNorm, grouped-query attention, rotary positions, SwiGLU.
+
+Parameter names mirror the published checkpoints, so loading is a loop over names. The layers never know which
+attention they are in: they hand (layer, q, k, v) to an `attend` function. Plain causal attention, the KV cache of
+the sampler and the shared-prompt rows of the update are three such functions over the same weights.
+
+Dimension key: B sequences, S tokens, E hidden size, V rows of the vocabulary head, D head size,
+               H query heads, K key/value heads, R = H / K query heads per key head, C cached positions.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
+
+MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
+SPAN = 64  # cached positions are read in multiples of this, so that a decode step has few distinct shapes
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    vocab_size: int  # rows of the embedding and of the head; the tokenizer has fewer entries
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Qwen2Config":
+        """Read a published config.json, in the spelling of transformers 4 or 5.
+
+        Raises FileNotFoundError, or ValueError naming the setting that this model does not implement.
+        """
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} does not exist; a model directory holds a config.json") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); fetch the model again") from None
+        rope = raw.get("rope_parameters") or {}
+        scaling = raw.get("rope_scaling") or rope
+        refusals = {
+            "model_type": (raw.get("model_type"), "qwen2"),
+            "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+            "use_sliding_window": (bool(raw.get("use_sliding_window", False)), False),
+            "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            "head_dim": (
+                raw.get("head_dim") or raw.get("hidden_size", 0) // (raw.get("num_attention_heads") or 1),
+                raw.get("hidden_size", 0) // (raw.get("num_attention_heads") or 1),
+            ),
+        }
+        for name, (got, wanted) in refusals.items():
+            if got != wanted:
+                raise ValueError(f"{path}: {name}={got!r} is not supported, only {wanted!r}; use a dense Qwen2.5 model")
+        raw.setdefault("rope_theta", rope.get("rope_theta"))
+        raw.setdefault("tie_word_embeddings", False)
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        missing = [n for n, f in cls.__dataclass_fields__.items() if raw.get(n) is None and not n.endswith("token_id")]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; fetch the model again")
+        return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__})
+
+    def to_json(self, path: str | Path, dtype: torch.dtype) -> None:
+        """Write a config.json that transformers 4 and 5 and vLLM read."""
+        name = str(dtype).removeprefix("torch.")
+        fixed = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "torch_dtype": name,
+            "dtype": name,
+        }
+        Path(path).write_text(json.dumps(fixed | asdict(self), indent=2) + "\n")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        x32 = x_BSE.float()  # bf16 squares lose the small ones
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x_BSE.dtype)
+
+
+def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864), in the half-split layout of the published weights."""
+    first, second = x_BHSD.chunk(2, dim=-1)
+    return x_BHSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        size, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=True)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+
+    def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        B, S, _ = x_BSE.shape
+        q_BHSD, k_BKSD, v_BKSD = (
+            project(x_BSE).view(B, S, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_BHSD = attend(layer, rotate(q_BHSD, *rope), rotate(k_BKSD, *rope), v_BKSD)
+        return self.o_proj(out_BHSD.transpose(1, 2).reshape(B, S, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, layer, attend)
+        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+
+
+class Decoder(nn.Module):
+    """The part that checkpoints call `model.`: everything but an untied head."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def attend_causally(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one row a sequence, each row with its own length.
+
+    The object is a local of whoever samples; no module holds one. Row b's tokens stand at columns 0..lengths_B[b]-1,
+    and what stands beyond is never read.
+    """
+
+    def __init__(self, config: Qwen2Config, *, batch_size: int, max_len: int, device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_len, config.head_dim)
+        self.keys_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.span = 0  # upper bound of the lengths, known without asking the device
+
+    @staticmethod
+    def bytes_per_token(config: Qwen2Config, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor, columns: int) -> None:
+        """Let `rows` here hold what `source_rows` hold there, `columns` positions of it."""
+        for target, origin in ((self.keys_LBKCD, source.keys_LBKCD), (self.values_LBKCD, source.values_LBKCD)):
+            target[:, rows, :, :columns] = origin[:, source_rows, :, :columns]
+        self.lengths_B[rows] = source.lengths_B[source_rows]
+
+    def extend(self, batch_size: int, num_tokens: int) -> tuple[Tensor, Attend]:
+        """Make room for `num_tokens` more in the first `batch_size` rows: their positions, and the attention over all.
+
+        The query heads that share a key head are folded into the query length: (B, K, R * S, D) against (B, K, C, D)
+        reads each cached key once instead of R times.
+        """
+        max_len = self.keys_LBKCD.shape[3]
+        if self.span + num_tokens > max_len:
+            raise ValueError(f"the KV cache holds {max_len} tokens a row, {self.span} are used and {num_tokens} more do "
+                             f"not fit; make it with max_len={self.span + num_tokens}")
+        self.span += num_tokens
+        columns = min(-(-self.span // SPAN) * SPAN, max_len)
+        device = self.lengths_B.device
+        positions_BS = self.lengths_B[:batch_size, None] + torch.arange(num_tokens, device=device)
+        rows_B1 = torch.arange(batch_size, device=device)[:, None]
+        visible_BSC = torch.arange(columns, device=device) <= positions_BS[:, :, None]
+
+        def attend(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+            keys_BKCD, values_BKCD = self.keys_LBKCD[layer, :batch_size], self.values_LBKCD[layer, :batch_size]
+            keys_BKCD[rows_B1, :, positions_BS] = k_BKSD.transpose(1, 2)
+            values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
+            B, H, S, D = q_BHSD.shape
+            K = k_BKSD.shape[1]
+            mask_B1QC = visible_BSC[:, None].expand(B, H // K, S, columns).reshape(B, 1, -1, columns)
+            out_BKQD = F.scaled_dot_product_attention(
+                q_BHSD.reshape(B, K, -1, D), keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], attn_mask=mask_B1QC
+            )
+            return out_BKQD.reshape(B, H, S, D)
+
+        return positions_BS, attend
+
+
+class Transformer(nn.Module):
+    """Qwen2.5 for causal language modelling, with the names and shapes of the published checkpoints."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight_VE(self) -> nn.Parameter:
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden_states(
+        self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0
+    ) -> Tensor:
+        """Final hidden states (B, S, E), after the last norm, in the weights' dtype.
+
+        checkpoint_layers: so many layers keep only their input for the backward pass and are run again there.
+        """
+        D = self.config.head_dim
+        frequencies_D = self.config.rope_theta ** -(torch.arange(0, D, 2, device=tokens_BS.device).float() / D)
+        angles_BSD = (positions_BS[:, :, None].float() * frequencies_D).repeat(1, 1, 2)
+        x_BSE = self.model.embed_tokens(tokens_BS)
+        rope = angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
+        for i, layer in enumerate(self.model.layers):
+            if i < checkpoint_layers:
+                x_BSE = checkpoint(layer, x_BSE, rope, i, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSE = layer(x_BSE, rope, i, attend)
+        return self.model.norm(x_BSE)
+
+    def logits(self, hidden_PE: Tensor) -> Tensor:
+        """Vocabulary logits (P, V) in float32.
+
+        On CUDA the product itself accumulates and returns float32. The CPU has no such product: there the logits of a
+        bf16 model carry bf16 rounding, the same in sampling and in training.
+        """
+        if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
+            return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32)
+        return F.linear(hidden_PE, self.head_weight_VE).float()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) in float32, causal; padding on the right changes nothing to its left."""
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        hidden_BTE = self.hidden_states(tokens_BT, positions_BT, attend_causally)
+        return self.logits(hidden_BTE.flatten(0, 1)).view(*tokens_BT.shape, -1)
+
+    def next_token_logits(self, tokens_BL: Tensor, cache: KVCache, *, lengths_B: Tensor | None = None) -> Tensor:
+        """Append L tokens to each row of the cache and return the logits (B, V), float32, of what comes next.
+
+        lengths_B: how many of the L tokens are real, where rows are ragged (padded on the right); 0 leaves a row as
+        it was and its logits without meaning. B may be less than the cache's rows: the first B take part.
+        """
+        B, L = tokens_BL.shape
+        positions_BL, attend = cache.extend(B, L)
+        hidden_BLE = self.hidden_states(tokens_BL, positions_BL, attend)
+        if lengths_B is None:
+            cache.lengths_B[:B] += L
+            return self.logits(hidden_BLE[:, -1])
+        cache.lengths_B[:B] += lengths_B
+        last_B = (lengths_B - 1).clamp(min=0)
+        return self.logits(hidden_BLE[torch.arange(B, device=last_B.device), last_B])
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device, dtype: torch.dtype) -> "Transformer":
+        """Load a published checkpoint: one tensor at a time into weights that already stand on the device.
+
+        Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
+        """
+        directory = Path(directory)
+        config = Qwen2Config.from_json(directory / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+        files = _weight_files(directory)
+        found = {}
+        for file in files:
+            for name, shape in _read_safetensors(file, lambda f: {n: f.get_slice(n).get_shape() for n in f.keys()}).items():  # noqa: SIM118
+                found[name] = (file, tuple(shape))
+        if config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)  # some tied checkpoints store the embedding twice
+        if wrong := [f"missing {n}" for n in expected.keys() - found] + [f"unexpected {n}" for n in found.keys() - expected]:
+            raise ValueError(f"{directory}: the weights do not match config.json: {'; '.join(sorted(wrong)[:8])}"
+                             f"{' …' if len(wrong) > 8 else ''}; fetch the model again")
+        for name, (file, shape) in found.items():
+            if shape != tuple(expected[name]):
+                raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {tuple(expected[name])}; "
+                                 "weights and config belong to different models")
+        model = model.to(dtype).to_empty(device=device)
+        parameters = dict(model.named_parameters())
+        for file in files:
+            def copy(f, file=file):
+                for name, (origin, _) in found.items():
+                    if origin == file:
+                        parameters[name].data.copy_(f.get_tensor(name))
+            _read_safetensors(file, copy)
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.safetensors (or shards of at most 5 GB and their index) and config.json in the published format."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        shards, room = [{}], MAX_SHARD_BYTES
+        for name, parameter in self.named_parameters():
+            if parameter.nbytes > room and shards[-1]:
+                shards.append({})
+                room = MAX_SHARD_BYTES
+            shards[-1][name] = parameter.detach()
+            room -= parameter.nbytes
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            index = {"metadata": {"total_size": sum(p.nbytes for p in self.parameters())},
+                     "weight_map": {n: file for file, shard in zip(names, shards, strict=True) for n in shard}}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for file, shard in zip(names, shards, strict=True):
+            save_file({n: t.cpu().contiguous() for n, t in shard.items()}, directory / file, metadata={"format": "pt"})
+        self.config.to_json(directory / "config.json", self.head_weight_VE.dtype)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    files = [directory / "model.safetensors"]
+    if index.exists():
+        try:
+            files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index} is not a safetensors index; fetch the model again") from None
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist; fetch the model again (only safetensors weights are read)")
+    return files
+
+
+def _read_safetensors(path: Path, read: Callable):
+    try:
+        with safe_open(path, framework="pt") as f:
+            return read(f)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch the model again") from None

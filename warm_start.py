@@ -1,0 +1,201 @@
+"""The small base model of config_tiny.yaml, made from nothing in a minute or two: `uv run train.py` calls this once.
+
+It plays the part that pretraining plays for Qwen2.5-3B: afterwards the model writes the format, calculates and judges
+its own attempts honestly, but gives up too early to win often. That last habit is what GRPO then changes.
+
+The traces it imitates try one expression after another,
+
+     (3 + 5) * 7 = 8 * 7 = 56, no
+     (7 - 5) * 3 = 2 * 3 = 6, yes</think>
+    <answer>(7 - 5) * 3</answer>
+
+and, as often as not, end in ", I give up" instead. They come from training questions only.
+
+Dimension key: B traces, S tokens, T = S - 1 targets, P scored targets, V vocabulary.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+
+import countdown_task
+from config import Config
+from qwen2_model import Qwen2Config, Transformer, attend_causally
+from tokenizer import Tokenizer
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
+MAX_FAILED_ATTEMPTS = 4  # before a trace hits or gives up
+HIT_SHARE = 0.5  # of the traces; the rest give up
+LEARNING_RATE_MATRICES = 0.02  # Muon
+LEARNING_RATE_OTHERS = 3e-3  # AdamW
+IGNORED = -100  # F.cross_entropy's default
+
+
+def make_base_model(config: Config, *, progress: Callable[[int, float], None]) -> None:
+    """Write a tokenizer and a trained tiny Qwen2 into config.model.path, in the published format.
+
+    progress(step, loss) is called after every step. The directory appears only when it is whole.
+    """
+    warm, data = config.warm_start, config.data
+    problems, _ = countdown_task.load_problems(data)
+    directory = Path(config.model.path)
+    aside = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    rng = random.Random(warm.seed)
+    make_tokenizer(aside, [next(example_texts(problems, rng)) for _ in range(500)])
+    tokenizer = Tokenizer.from_pretrained(aside)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(warm.seed)
+        model = new_model(warm, tokenizer)
+    examples = (
+        (tokenizer.encode(prompt), tokenizer.encode(response)) for prompt, response in example_texts(problems, rng)
+    )
+    train_supervised(model, examples, steps=warm.steps, batch_size=warm.batch_size, pad_id=tokenizer.pad_id, progress=progress)
+    model.save_pretrained(aside)
+    aside.rename(directory)
+
+
+def example_texts(problems, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) pairs over random training problems."""
+    render = _PromptRenderer()
+    while True:
+        problem = problems[rng.randrange(len(problems))]
+        response = make_trace(problem, rng)
+        if response is not None:
+            yield countdown_task.render_prompt(problem, render), response + "<|im_end|>"
+
+
+class _PromptRenderer:
+    """Renders the chat template before there is a tokenizer to hold it."""
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return turns + "<|im_start|>assistant\n"
+
+
+def make_trace(problem: dict, rng: random.Random) -> str | None:
+    """A response to the problem: failing attempts, then one that hits or none; None if no plain attempt hits."""
+    attempts = all_attempts(problem["numbers"])
+    hits = [a for a in attempts if a[2] == problem["target"]]
+    failures = [a for a in attempts if a[2] != problem["target"]]
+    if not hits or len(failures) < MAX_FAILED_ATTEMPTS:
+        return None
+    succeeds = rng.random() < HIT_SHARE
+    tried = rng.sample(failures, rng.randint(0 if succeeds else 1, MAX_FAILED_ATTEMPTS))
+    lines = [f" {expression} = {step} = {value}, no" for expression, step, value in tried]
+    if succeeds:
+        answer, step, value = rng.choice(hits)
+        lines.append(f" {answer} = {step} = {value}, yes")
+    else:
+        answer = tried[-1][0]
+        lines[-1] += ", I give up"
+    return "\n" + "\n".join(lines) + f"</think>\n<answer>{answer}</answer>"
+
+
+def all_attempts(numbers: list[int]) -> list[tuple[str, str, int]]:
+    """(expression, with the parenthesis worked out, value) of each way to combine three numbers in whole steps."""
+    attempts = {}
+    for a, b, c in permutations(numbers):
+        for first in "+-*/":
+            inner = _apply(a, first, b)
+            if inner is None:
+                continue
+            for second in "+-*/":
+                if (outer := _apply(inner, second, c)) is not None:
+                    attempts[f"({a} {first} {b}) {second} {c}"] = (f"{inner} {second} {c}", outer)
+                if second in "-/" and (outer := _apply(c, second, inner)) is not None:
+                    attempts[f"{c} {second} ({a} {first} {b})"] = (f"{c} {second} {inner}", outer)
+    return [(expression, step, value) for expression, (step, value) in attempts.items()]
+
+
+def _apply(a: int, operator: str, b: int) -> int | None:
+    if operator == "/":
+        return a // b if b and a % b == 0 else None
+    value = {"+": a + b, "-": a - b, "*": a * b}[operator]
+    return value if 0 <= value <= MAX_VALUE else None
+
+
+def make_tokenizer(directory: Path, texts: list[tuple[str, str]]) -> None:
+    """A byte-level BPE whose merges run as long as the texts repeat: a fixed sentence is one token, and so is a number."""
+    fast = FastTokenizer(BPE())
+    digits = pre_tokenizers.Split(Regex("[0-9]+"), "isolated")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    numbers = [" ".join(map(str, range(MAX_VALUE + 1)))] * 50  # each number often enough to become a token
+    fast.train_from_iterator([*("".join(pair) for pair in texts), *numbers], trainer)
+    directory.mkdir(parents=True)
+    fast.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    stop_ids = [fast.token_to_id("<|im_end|>"), fast.token_to_id("<|endoftext|>")]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}) + "\n")
+
+
+def new_model(warm, tokenizer: Tokenizer) -> Transformer:
+    """A freshly initialised Qwen2 of the configured shape, in float32 on the CPU."""
+    shape = Qwen2Config(
+        vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=warm.hidden_size, intermediate_size=3 * warm.hidden_size,
+        num_hidden_layers=warm.num_layers, num_attention_heads=warm.num_heads, num_key_value_heads=max(1, warm.num_heads // 2),
+        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
+        eos_token_id=min(tokenizer.stop_ids),
+    )  # fmt: skip
+    model = Transformer(shape)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def train_supervised(model: Transformer, examples: Iterator[tuple[list[int], list[int]]], *, steps: int, batch_size: int,
+                     pad_id: int, progress: Callable[[int, float], None]) -> None:
+    """Cross-entropy on the responses: Muon for the layers' matrices, AdamW for the rest, rates falling linearly to 0."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=LEARNING_RATE_MATRICES, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=LEARNING_RATE_OTHERS, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=steps) for o in optimizers]
+    for step in range(steps):
+        tokens_BS, targets_BT = pad_batch([next(examples) for _ in range(batch_size)], pad_id)
+        positions_BT = torch.arange(targets_BT.shape[1]).expand_as(targets_BT)
+        hidden_BTE = model.hidden_states(tokens_BS[:, :-1], positions_BT, attend_causally)
+        scored_BT = targets_BT != IGNORED
+        loss = F.cross_entropy(model.logits(hidden_BTE[scored_BT]), targets_BT[scored_BT])
+        loss.backward()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        progress(step, loss.item())
+
+
+def pad_batch(examples: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, S), padded on the right, and targets (B, T), IGNORED at prompt and padding."""
+    longest = max(len(prompt) + len(response) for prompt, response in examples)
+    tokens_BS = torch.full((len(examples), longest), pad_id)
+    targets_BS = torch.full((len(examples), longest), IGNORED)
+    for b, (prompt, response) in enumerate(examples):
+        end = len(prompt) + len(response)
+        tokens_BS[b, :end] = torch.tensor(prompt + response)
+        targets_BS[b, len(prompt) : end] = torch.tensor(response)
+    return tokens_BS, targets_BS[:, 1:]
