@@ -48,6 +48,10 @@ class TrainingConfig:
     micro_batch_tokens: int = bounded(at_least=1)  # tokens through the model at once in the update; only memory and speed depend on it
     eval_interval: int = bounded(at_least=1)  # steps between evaluations on the held-out questions
     ckpt_save_interval: int = bounded(at_least=1)  # steps between checkpoints; there is one more at the end
+    keep_checkpoints: int = bounded(at_least=1)  # the newest so many stay on the disk
+    max_skipped_steps: int = bounded(at_least=1)  # so many steps in a row with a non-finite number end the run
+    reward_timeout: float = bounded(above=0.0)  # seconds an answer's reward may take
+    reward_errors: str = bounded(one_of=("stop", "zero"))  # a reward that raises or hangs: end the run, or score the answer 0
 
 
 @dataclass(frozen=True)

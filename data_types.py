@@ -51,10 +51,9 @@ class UpdateStats:
     loss: float
     grad_norm: float  # before clipping
     num_tokens: int  # kept response tokens: the denominator of the loss
-    logprob_diff_mean: float  # |log-probability of the trainer - of the sampler| over the tokens that were run, nats
-    logprob_diff_max: float
+    logprob_diff_mean: float = 0.0  # |log-probability of the trainer - of the sampler| over the tokens that were run, nats
+    logprob_diff_max: float = 0.0
     skipped: str = ""  # why the optimizer made no step; empty when it did
+    broken_questions: list[int] = field(default_factory=list)  # question ids behind a number that is not finite
     weights_changed: float = 0.0  # share of the weights whose stored value changed
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
-    padding_share: float = 0.0  # of the tokens run through the model
-    extra: dict[str, float] = field(default_factory=dict)

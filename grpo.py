@@ -1,6 +1,13 @@
 """Group Relative Policy Optimization: rollout -> advantages -> loss -> one policy-gradient step.
 
-Dimension key: N questions, M answers a question, B = N * M answers, S tokens, T = S - 1 targets, V vocabulary.
+How this departs from the GRPO of DeepSeekMath (arXiv:2402.03300), and why:
+1. One step a batch, so the policy that samples is the policy that learns: the importance ratio is 1 and needs no clip.
+2. No KL term and no reference model (DAPO, arXiv:2503.14476): the reward is a rule, which cannot be exploited by drift.
+3. Every response token of the batch weighs the same (DAPO's token-level loss); a mean per answer favours short ones.
+4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering), but not out of the
+   group's statistics: leaving them out there would shift the mean that the others are compared with.
+
+Dimension key: N questions, M answers a question, P response tokens, E hidden size, V vocabulary.
 """
 
 import math
@@ -8,113 +15,188 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data_types import Episode, Question, Reward, UpdateStats
-from qwen2_model import KVCache, Transformer
+from data_types import Episode, Question, Reward, RolloutStats, UpdateStats
+from generate import generate, log_probs
+from packing import Row, attend_within, pack_rows
+from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-
-def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    return F.log_softmax(logits_PV[:, :vocab_size] / temperature, dim=-1)
+LOGIT_CHUNK_BYTES = 160 * 1000**2  # float32 logits of one chunk of the loss; its gradient and a copy come on top
 
 
-@torch.no_grad()
-def rollout(model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, num_answers: int, max_gen_len: int,
-            temperature: float, reward_function: Callable[..., Reward], generator: torch.Generator) -> list[Episode]:
-    device = model.head_weight_VE.device
-    rows = [q for q in questions for _ in range(num_answers)]
-    B, longest = len(rows), max(len(q.prompt_token_ids) for q in rows)
-    cache = KVCache(model.config, batch_size=B, max_len=longest + max_gen_len, device=device, dtype=model.head_weight_VE.dtype)
-    prompts_BS = torch.full((B, longest), tokenizer.pad_id, device=device)
-    lengths_B = torch.tensor([len(q.prompt_token_ids) for q in rows], device=device)
-    for b, q in enumerate(rows):
-        prompts_BS[b, : len(q.prompt_token_ids)] = torch.tensor(q.prompt_token_ids)
-    uniforms_BG = torch.rand(B, max_gen_len, generator=generator).to(device)
-    logits_BV = model.next_token_logits(prompts_BS, cache, lengths_B=lengths_B)
-    ids, logps, ents = [], [], []
-    done_B = torch.zeros(B, dtype=torch.bool)
-    stop = torch.tensor(sorted(tokenizer.stop_ids))
-    for t in range(max_gen_len):
-        lp = log_probs(logits_BV, temperature, tokenizer.vocab_size)
-        p = lp.exp()
-        cdf = p.cumsum(-1)
-        token_B = torch.searchsorted(cdf, uniforms_BG[:, t : t + 1] * cdf[:, -1:], right=True)[:, 0].clamp(max=tokenizer.vocab_size - 1)
-        ids.append(token_B)
-        logps.append(lp.gather(1, token_B[:, None])[:, 0])
-        ents.append(-(p * lp).sum(-1))
-        done_B |= torch.isin(token_B, stop)
-        if done_B.all() or t == max_gen_len - 1:
-            break
-        logits_BV = model.next_token_logits(token_B[:, None], cache)
-    ids, logps, ents = torch.stack(ids, 1).tolist(), torch.stack(logps, 1).tolist(), torch.stack(ents, 1).tolist()
+def rollout(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    *,
+    num_answers: int,
+    max_gen_len: int,
+    temperature: float,
+    reward_function: Callable[..., Reward],
+    generator: torch.Generator,
+    cache_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda ended, steps: None,
+    on_stats: Callable[[RolloutStats], None] = lambda stats: None,
+) -> list[Episode]:
+    """Sample num_answers answers to each question and score them (steps 2 and 3 of the algorithm in the README).
+
+    Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
+    max_gen_len response tokens, whatever its prompt's length. cache_bytes, progress: see generate.
+    """
+    samples, stats = generate(
+        model, [q.prompt_token_ids for q in questions], num_answers=num_answers, max_gen_len=max_gen_len,
+        temperature=temperature, vocab_size=tokenizer.vocab_size, stop_ids=tokenizer.stop_ids, generator=generator,
+        cache_bytes=cache_bytes, progress=progress,
+    )  # fmt: skip
+    clock = time.perf_counter()
     episodes = []
-    for b, q in enumerate(rows):
-        n = next((i + 1 for i, x in enumerate(ids[b]) if x in tokenizer.stop_ids), len(ids[b]))
-        finished = ids[b][n - 1] in tokenizer.stop_ids
-        text = tokenizer.decode(ids[b][: n - 1] if finished else ids[b][:n])
-        episodes.append(Episode(b // num_answers, q.prompt_token_ids, ids[b][:n], logps[b][:n], finished, text,
-                                reward_function(text, **q.problem), sum(ents[b][:n]) / n))
+    for i, sample in enumerate(samples):
+        question = questions[i // num_answers]
+        text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
+        episodes.append(
+            Episode(
+                question_id=i // num_answers,
+                prompt_token_ids=question.prompt_token_ids,
+                response_token_ids=sample.token_ids,
+                response_logprobs=sample.logprobs,
+                is_finished=sample.is_finished,
+                text=text,
+                reward=reward_function(text, **question.problem),
+                entropy=sample.entropy,
+            )
+        )
+    on_stats(RolloutStats(stats.prefill_seconds, stats.decode_seconds, time.perf_counter() - clock,
+                          stats.row_steps, stats.row_steps - stats.tokens))
     return episodes
 
 
 def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
-    """Standardise rewards within each question's group (DeepSeekMath, arXiv:2402.03300, eq. 3).
+    """Standardise rewards within each question's group (DeepSeekMath, arXiv:2402.03300, section 4.1.2).
 
     rewards_NM: N questions x M answers. Population standard deviation.
     Returns float32 (N, M), unitless; exactly 0 for a group whose rewards are all equal.
     Raises ValueError if M < 2: a group of one has nothing to compare with.
     """
     if rewards_NM.ndim != 2 or rewards_NM.shape[1] < 2:
-        raise ValueError(f"rewards of shape {tuple(rewards_NM.shape)}; wanted (questions, answers) with at least 2 answers")
+        raise ValueError(f"rewards of shape {tuple(rewards_NM.shape)}; wanted (questions, answers) with at least 2 answers each")
     rewards_NM = rewards_NM.float()
-    centred_NM = rewards_NM - rewards_NM.mean(dim=1, keepdim=True)
-    advantages_NM = centred_NM / (rewards_NM.std(dim=1, keepdim=True, correction=0) + eps)
+    spread_N1 = rewards_NM.std(dim=1, keepdim=True, correction=0)
+    advantages_NM = (rewards_NM - rewards_NM.mean(dim=1, keepdim=True)) / (spread_N1 + eps)
     equal_N1 = (rewards_NM == rewards_NM[:, :1]).all(dim=1, keepdim=True)
     return advantages_NM.masked_fill(equal_N1, 0.0)  # the rounding of the mean must not become an advantage
 
 
 def episode_advantages(episodes: list[Episode]) -> list[float]:
+    """The advantage of each episode within the group of its question_id; over all answers, unfinished ones included."""
     groups: dict[int, list[int]] = {}
-    for i, e in enumerate(episodes):
-        groups.setdefault(e.question_id, []).append(i)
-    adv = [0.0] * len(episodes)
+    for i, episode in enumerate(episodes):
+        groups.setdefault(episode.question_id, []).append(i)
+    advantages = [0.0] * len(episodes)
     for members in groups.values():
-        for i, a in zip(members, group_advantages(torch.tensor([[episodes[i].reward.total for i in members]]))[0].tolist(), strict=True):
-            adv[i] = a
-    return adv
+        rewards_1M = torch.tensor([[episodes[i].reward.total for i in members]])
+        for i, advantage in zip(members, group_advantages(rewards_1M)[0].tolist(), strict=True):
+            advantages[i] = advantage
+    return advantages
 
 
-def update_policy(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], *, max_grad_norm: float,
-                  skip_unfinished: bool, temperature: float = 1.0, vocab_size: int | None = None, micro_batch_size: int = 32) -> UpdateStats:
-    vocab_size = vocab_size or model.config.vocab_size
-    adv = episode_advantages(episodes)
-    kept = [(e, a) for e, a in zip(episodes, adv, strict=True) if e.is_finished or not skip_unfinished]
-    count = sum(len(e.response_token_ids) for e, _ in kept)
-    loss = diff = 0.0
-    dmax = 0.0
-    kept.sort(key=lambda x: len(x[0].response_token_ids))
-    for i in range(0, len(kept), micro_batch_size):
-        part = kept[i : i + micro_batch_size]
-        S = max(len(e.prompt_token_ids) + len(e.response_token_ids) for e, _ in part)
-        tokens = torch.zeros(len(part), S, dtype=torch.long)
-        mask = torch.zeros(len(part), S)
-        old = torch.zeros(len(part), S)
-        for b, (e, a) in enumerate(part):
-            n, m = len(e.prompt_token_ids), len(e.response_token_ids)
-            tokens[b, : n + m] = torch.tensor(e.prompt_token_ids + e.response_token_ids)
-            mask[b, n : n + m] = 1
-            old[b, n : n + m] = torch.tensor(e.response_logprobs)
-        A = torch.tensor([a for _, a in part])
-        lp = log_probs(model(tokens[:, :-1]).flatten(0, 1), temperature, vocab_size)
-        lp = lp.gather(1, tokens[:, 1:].flatten()[:, None]).view(len(part), -1)
-        L = -(lp * mask[:, 1:] * A[:, None]).sum() / count
-        L.backward()
-        loss += L.item()
-        d = ((lp.detach() - old[:, 1:]).abs() * mask[:, 1:])
-        diff += d.sum().item(); dmax = max(dmax, d.max().item())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return UpdateStats(loss, norm, count, diff / count, dmax)
+class TokenLoss(torch.autograd.Function):
+    """sum_p c_p log π(target_p), from hidden states, without ever holding more than a chunk of logits.
+
+    The loss is linear in the log-probabilities, so the gradient of a chunk, d/d logits = c_p (onehot(target_p) - π_p) / temperature,
+    is known as soon as its logits are: it is taken on the spot, and nothing is kept or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor, project, temperature: float, vocab_size: int):
+        """project(hidden) -> logits (P, V), float32. Returns the sum (scalar) and log π(target_p) (P,), float32."""
+        rows = max(1, LOGIT_CHUNK_BYTES // (4 * head_VE.shape[0]))
+        grad_hidden_PE, grad_head_VE = torch.empty_like(hidden_PE), torch.zeros_like(head_VE)
+        logprobs = []
+        for hidden_CE, targets_C, coefficients_C, grad_hidden_CE in zip(
+            *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, grad_hidden_PE)), strict=True
+        ):
+            log_probs_CV = log_probs(project(hidden_CE), temperature, vocab_size)
+            targets_C1 = targets_C[:, None]
+            logprobs.append(log_probs_CV.gather(1, targets_C1)[:, 0])
+            scale_C1 = coefficients_C[:, None].to(log_probs_CV.dtype) / temperature
+            grad_CV = log_probs_CV.exp_().mul_(-scale_C1).scatter_add_(1, targets_C1, scale_C1).to(head_VE.dtype)
+            torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
+            grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
+        ctx.save_for_backward(grad_hidden_PE, grad_head_VE)
+        logprobs_P = torch.cat(logprobs)
+        ctx.mark_non_differentiable(logprobs_P)
+        return (coefficients_P * logprobs_P).sum(), logprobs_P
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor, _):
+        grad_hidden_PE, grad_head_VE = ctx.saved_tensors
+        return grad_hidden_PE * grad_output, grad_head_VE * grad_output, None, None, None, None, None
+
+
+def accumulate_gradient(
+    model: Transformer, row: Row, *, num_tokens: int, temperature: float, vocab_size: int, checkpoint_layers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Add a row's share of the gradient of - sum A log π / num_tokens to the weights' .grad.
+
+    Returns that share of the loss, and |log π - the sampler's log π| of its response tokens (P,).
+    """
+    attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
+    hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
+    loss, logprobs_P = TokenLoss.apply(
+        hidden_1SE[0, row.sources_P], model.head_weight_VE, row.targets_P, -row.advantages_P / num_tokens,
+        model.logits, temperature, vocab_size,
+    )  # fmt: skip
+    loss.backward()
+    return loss.detach(), (logprobs_P - row.sampler_logprobs_P).abs()
+
+
+def update_policy(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    episodes: list[Episode],
+    *,
+    max_grad_norm: float,
+    skip_unfinished: bool,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    micro_batch_tokens: int = 8192,
+    checkpoint_layers: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> UpdateStats:
+    """One policy-gradient step on a batch of episodes (steps 4 to 6 of the algorithm in the README).
+
+    loss = - sum_ij m_ij sum_t A_ij log π(a_ij[t]) / sum_ij m_ij |a_ij|, with m_ij = 0 for an unfinished answer if
+    skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing; answers
+    whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
+    Makes no step, and says why in `skipped`, where nothing is kept or every kept advantage is 0.
+    """
+    vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
+    device = model.head_weight_VE.device
+    advantages = episode_advantages(episodes)
+    kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
+    run = [i for i in kept if advantages[i] != 0]
+    num_tokens = sum(len(episodes[i].response_token_ids) for i in kept)
+    if not run:
+        reason = "every kept answer has advantage 0" if kept else "no answer is finished"
+        return UpdateStats(loss=0.0, grad_norm=0.0, num_tokens=num_tokens, skipped=reason)
+    loss, differences = 0.0, []
+    for row in pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens):
+        row_loss, difference_P = accumulate_gradient(
+            model, row.to(device), num_tokens=num_tokens, temperature=temperature, vocab_size=vocab_size,
+            checkpoint_layers=checkpoint_layers,
+        )  # fmt: skip
+        loss += row_loss
+        differences.append(difference_P)
+        progress(len(row.tokens_S))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    changed = optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
+    difference_P = torch.cat(differences)
+    return UpdateStats(
+        loss=float(loss), grad_norm=float(grad_norm), num_tokens=num_tokens,
+        logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
+        weights_changed=stored, weights_changed_fp32=exact,
+    )  # fmt: skip

@@ -183,6 +183,7 @@ class KVCache:
 
     def __init__(self, config: Qwen2Config, *, batch_size: int, max_len: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_len, config.head_dim)
+        # Zeros, because attention multiplies what it masks by 0, and 0 * NaN is NaN.
         self.keys_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -198,6 +199,10 @@ class KVCache:
             target[:, rows, :, :columns] = origin[:, source_rows, :, :columns]
         self.lengths_B[rows] = source.lengths_B[source_rows]
 
+    def columns(self, num_tokens: int) -> int:
+        """How many positions a pass over `num_tokens` more will read."""
+        return min(-(-(self.span + num_tokens) // SPAN) * SPAN, self.keys_LBKCD.shape[3])
+
     def extend(self, batch_size: int, num_tokens: int) -> tuple[Tensor, Attend]:
         """Make room for `num_tokens` more in the first `batch_size` rows: their positions, and the attention over all.
 
@@ -208,8 +213,8 @@ class KVCache:
         if self.span + num_tokens > max_len:
             raise ValueError(f"the KV cache holds {max_len} tokens a row, {self.span} are used and {num_tokens} more do "
                              f"not fit; make it with max_len={self.span + num_tokens}")
+        columns = self.columns(num_tokens)
         self.span += num_tokens
-        columns = min(-(-self.span // SPAN) * SPAN, max_len)
         device = self.lengths_B.device
         positions_BS = self.lengths_B[:batch_size, None] + torch.arange(num_tokens, device=device)
         rows_B1 = torch.arange(batch_size, device=device)[:, None]

@@ -5,13 +5,12 @@ its own attempts honestly, but gives up too early to win often. That last habit 
 
 The traces it imitates try one expression after another,
 
-     (3 + 5) * 7 = 8 * 7 = 56, no
-     (7 - 5) * 3 = 2 * 3 = 6, yes</think>
+     3 + 5 = 8, 8 * 7 = 56, no
+     7 - 5 = 2, 2 * 3 = 6, yes</think>
     <answer>(7 - 5) * 3</answer>
 
 and, as often as not, end in ", I give up" instead. They come from training questions only.
 
-Dimension key: B traces, S tokens, T = S - 1 targets, P scored targets, V vocabulary.
 """
 
 import json
@@ -22,14 +21,16 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Regex, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 import countdown_task
 from config import Config
-from qwen2_model import Qwen2Config, Transformer, attend_causally
+from data_types import Episode, Reward
+from grpo import accumulate_gradient
+from packing import pack_rows
+from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
@@ -41,7 +42,8 @@ MAX_FAILED_ATTEMPTS = 4  # before a trace hits or gives up
 HIT_SHARE = 0.5  # of the traces; the rest give up
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 3e-3  # AdamW
-IGNORED = -100  # F.cross_entropy's default
+TRACES_PER_QUESTION = 8
+MICRO_BATCH_TOKENS = 2048
 
 
 def make_base_model(config: Config, *, progress: Callable[[int, float], None]) -> None:
@@ -55,27 +57,27 @@ def make_base_model(config: Config, *, progress: Callable[[int, float], None]) -
     aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     rng = random.Random(warm.seed)
-    make_tokenizer(aside, [next(example_texts(problems, rng)) for _ in range(500)])
+    groups = example_groups(problems, rng)
+    make_tokenizer(aside, [prompt + trace for prompt, traces in (next(groups) for _ in range(100)) for trace in traces])
     tokenizer = Tokenizer.from_pretrained(aside)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(warm.seed)
         model = new_model(warm, tokenizer)
-    examples = (
-        (tokenizer.encode(prompt), tokenizer.encode(response)) for prompt, response in example_texts(problems, rng)
-    )
-    train_supervised(model, examples, steps=warm.steps, batch_size=warm.batch_size, pad_id=tokenizer.pad_id, progress=progress)
+    train_supervised(model, tokenizer, example_groups(problems, rng), steps=warm.steps,
+                     questions_per_step=warm.batch_size // TRACES_PER_QUESTION, progress=progress)
     model.save_pretrained(aside)
     aside.rename(directory)
 
 
-def example_texts(problems, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) pairs over random training problems."""
+def example_groups(problems, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+    """Endless (prompt, traces) over random training problems."""
     render = _PromptRenderer()
     while True:
         problem = problems[rng.randrange(len(problems))]
-        response = make_trace(problem, rng)
-        if response is not None:
-            yield countdown_task.render_prompt(problem, render), response + "<|im_end|>"
+        attempts = all_attempts(problem["numbers"])
+        if any(value == problem["target"] for _, _, value in attempts):
+            traces = [make_trace(attempts, problem["target"], rng) + "<|im_end|>" for _ in range(TRACES_PER_QUESTION)]
+            yield countdown_task.render_prompt(problem, render), traces
 
 
 class _PromptRenderer:
@@ -86,19 +88,16 @@ class _PromptRenderer:
         return turns + "<|im_start|>assistant\n"
 
 
-def make_trace(problem: dict, rng: random.Random) -> str | None:
-    """A response to the problem: failing attempts, then one that hits or none; None if no plain attempt hits."""
-    attempts = all_attempts(problem["numbers"])
-    hits = [a for a in attempts if a[2] == problem["target"]]
-    failures = [a for a in attempts if a[2] != problem["target"]]
-    if not hits or len(failures) < MAX_FAILED_ATTEMPTS:
-        return None
+def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Random) -> str:
+    """A response: some failing attempts, then one that hits, or none."""
+    hits = [a for a in attempts if a[2] == target]
+    failures = [a for a in attempts if a[2] != target]
     succeeds = rng.random() < HIT_SHARE
     tried = rng.sample(failures, rng.randint(0 if succeeds else 1, MAX_FAILED_ATTEMPTS))
-    lines = [f" {expression} = {step} = {value}, no" for expression, step, value in tried]
+    lines = [f" {working}, no" for _, working, _ in tried]
     if succeeds:
-        answer, step, value = rng.choice(hits)
-        lines.append(f" {answer} = {step} = {value}, yes")
+        answer, working, _ = rng.choice(hits)
+        lines.append(f" {working}, yes")
     else:
         answer = tried[-1][0]
         lines[-1] += ", I give up"
@@ -106,19 +105,20 @@ def make_trace(problem: dict, rng: random.Random) -> str | None:
 
 
 def all_attempts(numbers: list[int]) -> list[tuple[str, str, int]]:
-    """(expression, with the parenthesis worked out, value) of each way to combine three numbers in whole steps."""
+    """(expression, its working, value) of each way to combine three numbers in whole steps."""
     attempts = {}
     for a, b, c in permutations(numbers):
         for first in "+-*/":
             inner = _apply(a, first, b)
             if inner is None:
                 continue
+            working = f"{a} {first} {b} = {inner}"
             for second in "+-*/":
                 if (outer := _apply(inner, second, c)) is not None:
-                    attempts[f"({a} {first} {b}) {second} {c}"] = (f"{inner} {second} {c}", outer)
+                    attempts[f"({a} {first} {b}) {second} {c}"] = (f"{working}, {inner} {second} {c} = {outer}", outer)
                 if second in "-/" and (outer := _apply(c, second, inner)) is not None:
-                    attempts[f"{c} {second} ({a} {first} {b})"] = (f"{c} {second} {inner}", outer)
-    return [(expression, step, value) for expression, (step, value) in attempts.items()]
+                    attempts[f"{c} {second} ({a} {first} {b})"] = (f"{working}, {c} {second} {inner} = {outer}", outer)
+    return [(expression, working, value) for expression, (working, value) in attempts.items()]
 
 
 def _apply(a: int, operator: str, b: int) -> int | None:
@@ -128,7 +128,7 @@ def _apply(a: int, operator: str, b: int) -> int | None:
     return value if 0 <= value <= MAX_VALUE else None
 
 
-def make_tokenizer(directory: Path, texts: list[tuple[str, str]]) -> None:
+def make_tokenizer(directory: Path, texts: list[str]) -> None:
     """A byte-level BPE whose merges run as long as the texts repeat: a fixed sentence is one token, and so is a number."""
     fast = FastTokenizer(BPE())
     digits = pre_tokenizers.Split(Regex("[0-9]+"), "isolated")
@@ -138,7 +138,7 @@ def make_tokenizer(directory: Path, texts: list[tuple[str, str]]) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     numbers = [" ".join(map(str, range(MAX_VALUE + 1)))] * 50  # each number often enough to become a token
-    fast.train_from_iterator([*("".join(pair) for pair in texts), *numbers], trainer)
+    fast.train_from_iterator([*texts, *numbers], trainer)
     directory.mkdir(parents=True)
     fast.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
@@ -165,9 +165,12 @@ def new_model(warm, tokenizer: Tokenizer) -> Transformer:
     return model
 
 
-def train_supervised(model: Transformer, examples: Iterator[tuple[list[int], list[int]]], *, steps: int, batch_size: int,
-                     pad_id: int, progress: Callable[[int, float], None]) -> None:
-    """Cross-entropy on the responses: Muon for the layers' matrices, AdamW for the rest, rates falling linearly to 0."""
+def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[tuple[str, list[str]]], *, steps: int,
+                     questions_per_step: int, progress: Callable[[int, float], None]) -> None:
+    """Maximum likelihood of the traces: the policy gradient of answers that all have advantage 1.
+
+    Muon for the layers' matrices, AdamW for the rest, rates falling linearly to 0.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
@@ -176,26 +179,19 @@ def train_supervised(model: Transformer, examples: Iterator[tuple[list[int], lis
     ]
     schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=steps) for o in optimizers]
     for step in range(steps):
-        tokens_BS, targets_BT = pad_batch([next(examples) for _ in range(batch_size)], pad_id)
-        positions_BT = torch.arange(targets_BT.shape[1]).expand_as(targets_BT)
-        hidden_BTE = model.hidden_states(tokens_BS[:, :-1], positions_BT, attend_causally)
-        scored_BT = targets_BT != IGNORED
-        loss = F.cross_entropy(model.logits(hidden_BTE[scored_BT]), targets_BT[scored_BT])
-        loss.backward()
+        episodes = []
+        for question_id in range(questions_per_step):
+            prompt, responses = next(groups)
+            prompt_ids = tokenizer.encode(prompt)
+            for response in responses:
+                ids = tokenizer.encode(response)
+                episodes.append(Episode(question_id, prompt_ids, ids, [0.0] * len(ids), True, response, Reward(1.0, {})))
+        num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
+        for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
+            row_loss, _ = accumulate_gradient(model, row, num_tokens=num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
+            loss += float(row_loss)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        progress(step, loss.item())
-
-
-def pad_batch(examples: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S), padded on the right, and targets (B, T), IGNORED at prompt and padding."""
-    longest = max(len(prompt) + len(response) for prompt, response in examples)
-    tokens_BS = torch.full((len(examples), longest), pad_id)
-    targets_BS = torch.full((len(examples), longest), IGNORED)
-    for b, (prompt, response) in enumerate(examples):
-        end = len(prompt) + len(response)
-        tokens_BS[b, :end] = torch.tensor(prompt + response)
-        targets_BS[b, len(prompt) : end] = torch.tensor(response)
-    return tokens_BS, targets_BS[:, 1:]
+        progress(step, loss)

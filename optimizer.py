@@ -1,0 +1,169 @@
+"""AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose small updates survive bf16 weights, on the GPU or in CPU memory.
+
+A bf16 weight has 8 significant bits: a step of 1e-6 on a weight above 0.0004 is less than half its last bit and would
+be rounded away, step after step. So each bf16 weight has 16 more bits here, `low`, that complete it to a float32 master:
+
+    bits of the master = (bits of the bf16 weight << 16) + low,      -32768 <= low <= 32767
+
+The bf16 weight is the master rounded to nearest, the arithmetic is that of float32, and the cost is 2 bytes a weight
+instead of the 4 of a separate master.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+PIECE = 2**23  # weights updated at a time: bounds the float32 temporaries, and what is in transit when offloaded
+IN_TRANSIT = 3  # pieces on the device at once when offloaded: one fetched, one computed, one written back
+
+
+class AdamW:
+    """step() and zero_grad() as in torch.optim; float32 moments; equal to torch.optim.AdamW where weights are float32.
+
+    offload: keep moments and low bits in page-locked CPU memory and stream them through the GPU, fetching one piece
+    while another is computed; the same arithmetic on the same device. Where the weights are on the CPU it changes nothing.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False):
+        self.params = list(params)
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.steps = 0
+        kinds = {p.dtype for p in self.params}
+        if len(kinds) != 1 or not kinds <= {torch.float32, torch.bfloat16}:
+            raise ValueError(f"weights of dtypes {sorted(map(str, kinds))}; wanted all float32 or all bfloat16")
+        dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        if kinds == {torch.bfloat16}:
+            dtypes["low"] = torch.int16
+        device = self.params[0].device
+        self.offloaded = offload and device.type == "cuda"
+        total = sum(p.numel() for p in self.params)
+        home = "cpu" if self.offloaded else device
+        self.state = {name: torch.zeros(total, dtype=dtype, device=home) for name, dtype in dtypes.items()}
+        if self.offloaded:
+            for tensor in self.state.values():
+                _page_lock(tensor)
+
+    @staticmethod
+    def state_bytes_per_weight(dtype: torch.dtype) -> int:
+        return 10 if dtype == torch.bfloat16 else 8
+
+    @torch.no_grad()
+    def step(self) -> tuple[float, float]:
+        """Update every weight by its .grad; a missing gradient counts as 0.
+
+        Returns the share of the weights whose stored value changed, and the share that changed as float32.
+        """
+        self.steps += 1
+        total = len(self.state["exp_avg"])
+        changed = torch.zeros(2, device=self.params[0].device)
+        pieces = list(self._pieces())
+        places = [slice(offset, offset + len(weight)) for offset, weight, _ in pieces]
+        for (_, weight, grad), state in zip(pieces, self._on_device(places), strict=True):
+            changed += self._update(weight, grad, *state)
+        stored, exact = (changed / total).tolist()
+        return stored, exact
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.params:
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, **self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises ValueError if the saved state belongs to another model or dtype."""
+        shapes = {name: (t.shape, t.dtype) for name, t in saved.items() if name != "steps"}
+        expected = {name: (t.shape, t.dtype) for name, t in self.state.items()}
+        if shapes != expected:
+            raise ValueError(f"the saved optimizer state has {shapes}, this model needs {expected}; it belongs to another model")
+        self.steps = saved["steps"]
+        for name, tensor in self.state.items():
+            tensor.copy_(saved[name])
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(place in the state, weights, gradients) of at most PIECE weights each, flat."""
+        offset = 0
+        for p in self.params:
+            if p.grad is not None:
+                weights, grads = p.detach().view(-1), p.grad.reshape(-1)
+            else:
+                weights, grads = p.detach().view(-1), torch.zeros_like(p).view(-1)
+            for start in range(0, p.numel(), PIECE):
+                yield offset + start, weights[start : start + PIECE], grads[start : start + PIECE]
+            offset += p.numel()
+
+    def _update(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None) -> Tensor:
+        """Overwrites weight and state; returns how many weights changed as stored and as float32."""
+        beta1, beta2 = self.betas
+        grad = grad.float()
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = (exp_avg_sq.sqrt() / (1 - beta2**self.steps) ** 0.5).add_(self.eps)
+        master = weight if low is None else join_bits(weight, low)
+        updated = (master * (1 - self.lr * self.weight_decay)).addcdiv_(exp_avg, scale, value=-self.lr / (1 - beta1**self.steps))
+        changed = (updated != master).sum()
+        if low is None:
+            weight.copy_(updated)
+            return torch.stack((changed, changed))
+        high, new_low = split_bits(updated)
+        changed_stored = (high != weight).sum()
+        weight.copy_(high)
+        low.copy_(new_low)
+        return torch.stack((changed_stored, changed))
+
+    def _on_device(self, places: list[slice]) -> Iterator[list[Tensor]]:
+        """The state of each place, on the weights' device, to be overwritten before the next is asked for."""
+        if not self.offloaded:
+            for place in places:
+                yield [tensor[place] for tensor in self.state.values()]
+            return
+        device = self.params[0].device
+        compute, up, down = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+        def fetch(place):
+            with torch.cuda.stream(up):
+                return [tensor[place].to(device, non_blocking=True) for tensor in self.state.values()], up.record_event()
+
+        fetched, written = deque([fetch(places[0])]), deque()
+        for i, place in enumerate(places):
+            if len(written) == IN_TRANSIT - 1:
+                written.popleft().synchronize()  # the host must not run ahead and fill the device
+            if i + 1 < len(places):
+                fetched.append(fetch(places[i + 1]))
+            state, arrived = fetched.popleft()
+            compute.wait_event(arrived)
+            yield state
+            down.wait_event(compute.record_event())
+            with torch.cuda.stream(down):
+                for tensor, home in zip(state, self.state.values(), strict=True):
+                    home[place].copy_(tensor, non_blocking=True)
+                    tensor.record_stream(down)
+                    tensor.record_stream(compute)
+                written.append(down.record_event())
+        down.synchronize()
+
+
+def join_bits(weight: Tensor, low: Tensor) -> Tensor:
+    """The float32 master of a bf16 weight and its 16 low bits."""
+    return ((weight.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The bf16 value nearest to a float32 master, and what join_bits needs beside it, as int16."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def _page_lock(tensor: Tensor) -> None:
+    """Lock memory where it lies: PyTorch's own pinned allocations are rounded up to a power of two."""
+    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if int(error) != 0:
+        raise RuntimeError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
+                           "`ulimit -l`, or set optimizer.offload=false")

@@ -1,0 +1,150 @@
+"""Rows of the update: the answers to a question stand behind one copy of their prompt, and rows have no padding.
+
+    tokens     [ prompt 1 | answer 1a | answer 1b | answer 1c | prompt 2 | answer 2a | answer 2b ]
+    positions    0 … 9      10 … 17     10 … 21     10 … 14     0 … 11     12 … 16     12 … 30
+
+Every run of tokens attends to itself causally; an answer also sees the whole of its prompt. That is exactly what each
+(prompt, answer) would compute alone, but the prompt is run forward and backward once a group instead of once an answer.
+
+Dimension key: S tokens of a row, P scored response tokens, G runs (prompts and answers), Q tokens of the longest run,
+               L tokens of the longest prompt, C = L + Q keys, H query heads, K key heads, R = H / K, D head size.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from data_types import Episode
+from qwen2_model import Attend
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prompt or an answer within a row: where it stands, and the prompt that it sees (for a prompt: nothing)."""
+
+    start: int
+    length: int
+    prompt_start: int
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Row:
+    tokens_S: Tensor
+    positions_S: Tensor
+    runs: list[Run]
+    sources_P: Tensor  # the position whose hidden state predicts each response token
+    targets_P: Tensor  # those tokens
+    advantages_P: Tensor  # float32, of the answer each belongs to
+    sampler_logprobs_P: Tensor  # float32
+
+    def to(self, device: torch.device) -> "Row":
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "runs"}
+        return Row(runs=self.runs, **tensors)
+
+
+def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int) -> Iterator[Row]:
+    """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.
+
+    A row holds at least one answer, however long. Rows are made about equally long: few large ones, none nearly empty.
+    """
+    order = sorted(range(len(episodes)), key=lambda i: episodes[i].question_id)
+    total = 0
+    for previous, i in zip([None, *order], order, strict=False):
+        e = episodes[i]
+        new_group = previous is None or episodes[previous].question_id != e.question_id
+        total += len(e.response_token_ids) + new_group * len(e.prompt_token_ids)
+    limit = total / -(-total // micro_batch_tokens)  # even shares
+    row, size, group = [], 0, None
+    for i in order:
+        e = episodes[i]
+        added = len(e.response_token_ids) + (e.question_id != group) * len(e.prompt_token_ids)
+        if row and (size + added > micro_batch_tokens or size >= limit):
+            yield _lay_out(row)
+            row, size, added = [], 0, len(e.response_token_ids) + len(e.prompt_token_ids)
+        row.append((e, advantages[i]))
+        size, group = size + added, e.question_id
+    if row:
+        yield _lay_out(row)
+
+
+def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
+    tokens, positions, runs, sources, targets, advantages, logprobs = [], [], [], [], [], [], []
+    group = None
+    for episode, advantage in answers:
+        prompt, response = episode.prompt_token_ids, episode.response_token_ids
+        if episode.question_id != group:
+            group, prompt_start = episode.question_id, len(tokens)
+            runs.append(Run(prompt_start, len(prompt), prompt_start, 0))
+            tokens += prompt
+            positions += range(len(prompt))
+        start = len(tokens)
+        runs.append(Run(start, len(response), prompt_start, len(prompt)))
+        tokens += response
+        positions += range(len(prompt), len(prompt) + len(response))
+        sources += [prompt_start + len(prompt) - 1, *range(start, start + len(response) - 1)]
+        targets += response
+        advantages += [advantage] * len(response)
+        logprobs += episode.response_logprobs
+    return Row(torch.tensor(tokens), torch.tensor(positions), runs, torch.tensor(sources), torch.tensor(targets),
+               torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32))
+
+
+def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
+    """The attention of a row: block-sparse on CUDA; on the CPU the runs side by side, each with its prompt's keys."""
+    return _attend_block_sparse(runs, num_tokens, device) if device.type == "cuda" else _attend_side_by_side(runs, num_tokens)
+
+
+def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
+    Q, L = max(r.length for r in runs), max(r.prompt_length for r in runs)
+    start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(run) for run in runs]).T[:, :, None]
+    steps_Q = torch.arange(Q)
+    own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a run's end: its last token again, which nobody sees
+    prompt_GL = prompt_start_G1 + torch.arange(L).minimum((prompt_length_G1 - 1).clamp(min=0))
+    keys_GC = torch.cat((prompt_GL, own_GQ), dim=1)
+    sees_prompt_GQL = (torch.arange(L) < prompt_length_G1)[:, None].expand(-1, Q, -1)
+    sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(runs), -1, -1)
+    mask_G1QC = torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2)[:, None]
+    back_S = torch.empty(num_tokens, dtype=torch.long)
+    real_GQ = steps_Q < length_G1
+    back_S[own_GQ[real_GQ]] = real_GQ.flatten().nonzero()[:, 0]
+
+    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
+        (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
+        q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
+        k_GKCD, v_GKCD = k_1KSD[0][:, keys_GC].transpose(0, 1), v_1KSD[0][:, keys_GC].transpose(0, 1)
+        k_GHCD, v_GHCD = k_GKCD.repeat_interleave(H // K, dim=1), v_GKCD.repeat_interleave(H // K, dim=1)
+        out_GHQD = F.scaled_dot_product_attention(q_GHQD, k_GHCD, v_GHCD, attn_mask=mask_G1QC)
+        return out_GHQD.transpose(0, 1).reshape(1, H, -1, D)[:, :, back_S]
+
+    return attend
+
+
+def _attend_block_sparse(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
+    own_S = torch.empty(num_tokens, dtype=torch.int32)
+    prompt_S = torch.empty(num_tokens, dtype=torch.int32)
+    for r in runs:
+        own_S[r.start : r.start + r.length] = r.start
+        prompt_S[r.start : r.start + r.length] = r.prompt_start
+    own_S, prompt_S = own_S.to(device), prompt_S.to(device)
+
+    def visible(batch, head, query, key):
+        return (key <= query) & ((own_S[key] == own_S[query]) | (own_S[key] == prompt_S[query]))
+
+    block_mask = create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
+
+    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
+        return _compiled_flex_attention()(q_1HSD, k_1KSD, v_1KSD, block_mask=block_mask, enable_gqa=True)
+
+    return attend
+
+
+@functools.cache
+def _compiled_flex_attention():
+    """FlexAttention is block-sparse only when compiled; once a process, for any row length."""
+    return torch.compile(flex_attention, dynamic=True)
