@@ -21,6 +21,7 @@ class ModelConfig:
     path: str  # a model directory as published: config.json, *.safetensors, tokenizer files
     device: str = bounded(one_of=("cuda", "cpu"))
     dtype: str = bounded(one_of=("bfloat16", "float32"))  # of weights, activations and cache; the arithmetic that needs float32 has it
+    memory_gib: float = bounded(above=0.0)  # of the card (or RAM): what weights and optimizer leave goes to cache and activations
 
 
 @dataclass(frozen=True)

@@ -57,3 +57,6 @@ class UpdateStats:
     broken_questions: list[int] = field(default_factory=list)  # question ids behind a number that is not finite
     weights_changed: float = 0.0  # share of the weights whose stored value changed
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
+    tokens_run: int = 0  # tokens through the model, prompts included
+    gradient_seconds: float = 0.0
+    optimizer_seconds: float = 0.0

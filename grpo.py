@@ -12,7 +12,7 @@ Dimension key: N questions, M answers a question, P response tokens, E hidden si
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -104,12 +104,14 @@ def episode_advantages(episodes: list[Episode]) -> list[float]:
 class TokenLoss(torch.autograd.Function):
     """sum_p c_p log π(target_p), from hidden states, without ever holding more than a chunk of logits.
 
-    The loss is linear in the log-probabilities, so the gradient of a chunk, d/d logits = c_p (onehot(target_p) - π_p) / temperature,
-    is known as soon as its logits are: it is taken on the spot, and nothing is kept or computed again.
+    The loss is linear in the log-probabilities, so the gradient of a chunk is known as soon as its logits are,
+        d / d logits_p = c_p (onehot(target_p) - π_p) / temperature:
+    it is taken on the spot, and nothing is kept or computed again.
     """
 
     @staticmethod
-    def forward(ctx, hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor, project, temperature: float, vocab_size: int):
+    def forward(ctx, hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor,
+                project: Callable[[Tensor], Tensor], temperature: float, vocab_size: int):
         """project(hidden) -> logits (P, V), float32. Returns the sum (scalar) and log π(target_p) (P,), float32."""
         rows = max(1, LOGIT_CHUNK_BYTES // (4 * head_VE.shape[0]))
         grad_hidden_PE, grad_head_VE = torch.empty_like(hidden_PE), torch.zeros_like(head_VE)
@@ -170,33 +172,62 @@ def update_policy(
     loss = - sum_ij m_ij sum_t A_ij log π(a_ij[t]) / sum_ij m_ij |a_ij|, with m_ij = 0 for an unfinished answer if
     skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing; answers
     whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
-    Makes no step, and says why in `skipped`, where nothing is kept or every kept advantage is 0.
+    Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage is 0, or a number is not finite;
+    broken_questions then names the questions behind it. If progress raises, weights and optimizer are as they were.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
-    device = model.head_weight_VE.device
+    clock = time.perf_counter()
     advantages = episode_advantages(episodes)
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
     run = [i for i in kept if advantages[i] != 0]
     num_tokens = sum(len(episodes[i].response_token_ids) for i in kept)
+    if broken := {e.question_id for e in episodes if not _is_finite(e)}:
+        return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
     if not run:
-        reason = "every kept answer has advantage 0" if kept else "no answer is finished"
-        return UpdateStats(loss=0.0, grad_norm=0.0, num_tokens=num_tokens, skipped=reason)
-    loss, differences = 0.0, []
+        return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
+    optimizer.zero_grad(set_to_none=True)
+    loss, tokens_run, differences, broken = 0.0, 0, [], set()
     for row in pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens):
         row_loss, difference_P = accumulate_gradient(
-            model, row.to(device), num_tokens=num_tokens, temperature=temperature, vocab_size=vocab_size,
+            model, row.to(model.head_weight_VE.device), num_tokens=num_tokens, temperature=temperature, vocab_size=vocab_size,
             checkpoint_layers=checkpoint_layers,
         )  # fmt: skip
-        loss += row_loss
+        loss += float(row_loss)
+        tokens_run += len(row.tokens_S)
         differences.append(difference_P)
+        if not math.isfinite(row_loss):
+            broken |= set(row.question_ids)
         progress(len(row.tokens_S))
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    grad_norm = clip_gradient(model, max_grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        optimizer.zero_grad(set_to_none=True)
+        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in run})
+    gradient_seconds, clock = time.perf_counter() - clock, time.perf_counter()
     changed = optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
+    optimizer.zero_grad(set_to_none=True)
     difference_P = torch.cat(differences)
     return UpdateStats(
-        loss=float(loss), grad_norm=float(grad_norm), num_tokens=num_tokens,
+        loss=loss, grad_norm=grad_norm, num_tokens=num_tokens,
         logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
         weights_changed=stored, weights_changed_fp32=exact,
+        tokens_run=tokens_run, gradient_seconds=gradient_seconds, optimizer_seconds=time.perf_counter() - clock,
     )  # fmt: skip
+
+
+def clip_gradient(model: Transformer, max_norm: float) -> float:
+    """Scale the gradient down to max_norm; returns its norm before, taken in float32 whatever the weights' dtype."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm())
+    if norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
+
+
+def _is_finite(episode: Episode) -> bool:
+    return math.isfinite(episode.reward.total) and all(map(math.isfinite, episode.response_logprobs))
+
+
+def _no_step(num_tokens: int, reason: str, broken: Iterable[int] = ()) -> UpdateStats:
+    return UpdateStats(loss=0.0, grad_norm=0.0, num_tokens=num_tokens, skipped=reason, broken_questions=sorted(broken))

@@ -1,7 +1,9 @@
 """What a step and an evaluation report, as pure functions of the episodes. docs/metrics.md defines every name."""
 
 import math
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, pvariance
+
+import numpy as np
 
 from data_types import Episode, UpdateStats
 
@@ -60,6 +62,42 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def success_interval(successes: list[int], samples: int) -> tuple[float, float]:
+    """95 % interval of the success rate, from how many of `samples` answers to each question succeeded.
+
+    Answers to one question resemble each other, so they are not counted as independent: the Wilson interval is taken at
+    the effective number of answers, at which independent ones would spread as the questions' means do (Kish's design
+    effect; Franco et al., J. Survey Stat. Methodol. 7, 2019). With one sample it is the Wilson interval itself.
+    """
+    questions, rates = len(successes), [count / samples for count in successes]
+    share = fmean(rates)
+    binomial = share * (1 - share)
+    spread = max(pvariance(rates), binomial / samples)  # of one question's mean: never less than independent answers have
+    effective = questions * binomial / spread if spread else questions
+    return wilson_interval(share * effective, effective)
+
+
+def pass_at_k(samples: int, successes: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers succeeds (Chen et al. 2021, arXiv:2107.03374, eq. 1)."""
+    return 1 - math.comb(samples - successes, k) / math.comb(samples, k)
+
+
+def paired_p_value(differences: list[int]) -> float:
+    """Two-sided p of "both models are equally good", from (successes of one - successes of the other) on each question.
+
+    Fisher's randomisation test (The Design of Experiments, 1935, section 21): if they are equally good, each difference
+    might as well have had the other sign. The distribution of the sum over all choices of signs is computed exactly.
+    With one sample a question this is the exact McNemar test.
+    """
+    bound = sum(map(abs, differences))
+    chances = np.zeros(2 * bound + 1)  # of each sum in -bound..bound
+    chances[bound] = 1.0
+    for difference in differences:
+        chances = (np.roll(chances, difference) + np.roll(chances, -difference)) / 2  # sums so far keep clear of the ends
+    as_extreme = np.abs(np.arange(-bound, bound + 1)) >= abs(sum(differences))
+    return min(1.0, float(chances[as_extreme].sum()))
 
 
 def pick_samples(episodes: list[Episode], advantages: list[float], prompts: list[str]) -> list[dict]:

@@ -12,7 +12,7 @@ Dimension key: S tokens of a row, P scored response tokens, G runs (prompts and 
 
 import functools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,11 @@ class Row:
     targets_P: Tensor  # those tokens
     advantages_P: Tensor  # float32, of the answer each belongs to
     sampler_logprobs_P: Tensor  # float32
+    question_ids: list[int]  # of the groups in the row
 
     def to(self, device: torch.device) -> "Row":
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "runs"}
-        return Row(runs=self.runs, **tensors)
+        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int) -> Iterator[Row]:
@@ -92,7 +93,8 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
         advantages += [advantage] * len(response)
         logprobs += episode.response_logprobs
     return Row(torch.tensor(tokens), torch.tensor(positions), runs, torch.tensor(sources), torch.tensor(targets),
-               torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32))
+               torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32),
+               sorted({episode.question_id for episode, _ in answers}))
 
 
 def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:

@@ -6,6 +6,7 @@ anew from them, so that nothing is missing or doubled.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ class RunLog:
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
+        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}  # JSON has no NaN
         self._files[name].write(json.dumps(record) + "\n")
         self._files[name].flush()
         self._show(name, record)

@@ -5,11 +5,12 @@ its own attempts honestly, but gives up too early to win often. That last habit 
 
 The traces it imitates try one expression after another,
 
-     3 + 5 = 8, 8 * 7 = 56, no
-     7 - 5 = 2, 2 * 3 = 6, yes</think>
+     3 + 5 = 8, 8 * 7 = 56, want 6: no
+     7 - 5 = 2, 2 * 3 = 6, want 6: yes</think>
     <answer>(7 - 5) * 3</answer>
 
-and, as often as not, end in ", I give up" instead. They come from training questions only.
+and, as often as not, end in ", I give up" instead. They come from training questions only. Writing the target beside
+the value makes the verdict a comparison of neighbours: without it the model says "yes" to one wrong value in six.
 
 """
 
@@ -41,7 +42,7 @@ MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: ever
 MAX_FAILED_ATTEMPTS = 4  # before a trace hits or gives up
 HIT_SHARE = 0.5  # of the traces; the rest give up
 LEARNING_RATE_MATRICES = 0.02  # Muon
-LEARNING_RATE_OTHERS = 3e-3  # AdamW
+LEARNING_RATE_OTHERS = 1e-2  # AdamW
 TRACES_PER_QUESTION = 8
 MICRO_BATCH_TOKENS = 2048
 
@@ -94,10 +95,10 @@ def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Ra
     failures = [a for a in attempts if a[2] != target]
     succeeds = rng.random() < HIT_SHARE
     tried = rng.sample(failures, rng.randint(0 if succeeds else 1, MAX_FAILED_ATTEMPTS))
-    lines = [f" {working}, no" for _, working, _ in tried]
+    lines = [f" {working}, want {target}: no" for _, working, _ in tried]
     if succeeds:
         answer, working, _ = rng.choice(hits)
-        lines.append(f" {working}, yes")
+        lines.append(f" {working}, want {target}: yes")
     else:
         answer = tried[-1][0]
         lines[-1] += ", I give up"

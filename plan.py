@@ -1,0 +1,128 @@
+"""What a run will need of the card's memory, part by part, before anything is loaded.
+
+Weights, gradients and optimizer state are given by the model. The KV cache of the rollout and the activations of the
+update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config
+from grpo import LOGIT_CHUNK_BYTES
+from optimizer import IN_TRANSIT, PIECE, AdamW
+from qwen2_model import KVCache, Qwen2Config
+
+GIB = 2**30
+PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
+CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
+STEP_BUFFERS = 5  # float32 copies of the logits that a decode step holds at once
+CHUNK_BUFFERS = 2.5  # likewise a chunk of the loss: log-probabilities, their product, the bf16 gradient
+UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
+
+# hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
+PUBLISHED = {
+    "0.5B": (896, 4864, 24, 14, 2, True), "1.5B": (1536, 8960, 28, 12, 2, True), "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False), "14B": (5120, 13824, 48, 40, 8, False), "32B": (5120, 27648, 64, 40, 8, False),
+    "72B": (8192, 29568, 80, 64, 8, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    rollout: dict[str, float]  # bytes of each part at the peak
+    update: dict[str, float]
+    budget: float  # bytes that may be used
+    host: float  # bytes of page-locked CPU memory
+    cache_bytes: int  # for grpo.rollout
+    checkpoint_layers: int  # for grpo.update_policy
+    cache_rows: int
+
+    def table(self) -> str:
+        names = list(dict.fromkeys([*self.rollout, *self.update]))
+        lines = [f"{'GiB':42}{'rollout':>9}{'update':>9}"]
+        for name in names:
+            cells = (f"{part[name] / GIB:9.2f}" if name in part else f"{'-':>9}" for part in (self.rollout, self.update))
+            lines.append(f"{name:42}{''.join(cells)}")
+        lines.append(f"{'total':42}{sum(self.rollout.values()) / GIB:9.2f}{sum(self.update.values()) / GIB:9.2f}")
+        lines.append(f"to use: {self.budget / GIB:.2f}" + (f"; page-locked CPU memory: {self.host / GIB:.2f}" if self.host else ""))
+        return "\n".join(lines)
+
+
+def make_plan(config: Config, shape: Qwen2Config) -> Plan:
+    """Raises ValueError naming the settings that would make the run fit, if it does not."""
+    training, dtype = config.training, getattr(torch, config.model.dtype)
+    budget = config.model.memory_gib * GIB
+    weights = num_weights(shape) * dtype.itemsize
+    state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype)
+    offloaded = config.optimizer.offload and config.model.device == "cuda"
+    piece = min(PIECE, num_weights(shape))
+    in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
+    fixed = {"weights": weights, "optimizer state": 0 if offloaded else state}
+    if config.model.device == "cuda":
+        fixed["CUDA context and workspaces"] = CONTEXT_BYTES
+
+    row_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
+    prompts = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS * training.num_questions_per_batch
+    rollout = fixed | {"prompts": prompts, "decode step": STEP_BUFFERS * 4 * training.batch_size * shape.vocab_size}
+    cache_rows = int(min(training.batch_size, (budget - sum(rollout.values())) // row_bytes))
+    rollout[f"KV cache, {max(cache_rows, 1)} of {training.batch_size} rows at once"] = max(cache_rows, 1) * row_bytes
+
+    head = shape.vocab_size * shape.hidden_size * dtype.itemsize
+    update = fixed | {"gradients": weights,
+                      "loss chunk, head and embedding gradients": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES + 2 * head,
+                      "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
+    tokens = training.micro_batch_tokens
+    for checkpoint_layers in range(shape.num_hidden_layers + 1):
+        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers)
+        if sum(update.values()) + activations <= budget:
+            break
+    update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = activations
+    plan = Plan(rollout, update, budget, state if offloaded else 0, max(cache_rows, 1) * row_bytes, checkpoint_layers, cache_rows)
+    if cache_rows < 1 or sum(update.values()) > budget:
+        raise ValueError(f"the run does not fit into model.memory_gib={config.model.memory_gib}:\n{plan.table()}\n{_remedy(config, shape, plan)}")
+    return plan
+
+
+def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int) -> float:
+    """What the backward pass needs of the forward pass, bytes a token of a micro-batch."""
+    b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
+    norms = 2 * (4 * E + b * E)  # each keeps its float32 input and its normalised output
+    attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)  # input, queries, result twice; keys, values
+    mlp = b * (E + 4 * I)  # input, gate, silu(gate), up, their product
+    layer = norms + attention + mlp
+    kept = (shape.num_hidden_layers - checkpoint_layers) * layer + checkpoint_layers * b * E
+    again = 1.5 * layer if checkpoint_layers else 0.5 * layer  # the layer being run again, and gradients in flight
+    return kept + again + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
+
+
+def num_weights(shape: Qwen2Config) -> int:
+    E, I, KD = shape.hidden_size, shape.intermediate_size, shape.num_key_value_heads * shape.head_dim
+    layer = 2 * E * E + E + 2 * (E * KD + KD) + 3 * E * I + 2 * E
+    return shape.num_hidden_layers * layer + E + shape.vocab_size * E * (1 if shape.tie_word_embeddings else 2)
+
+
+def find_shape(model_path: str) -> Qwen2Config:
+    """The model's shape: of the directory or, before it is downloaded, of the published model of that name."""
+    path = Path(model_path)
+    size = next((size for size in PUBLISHED if f"qwen2.5-{size}".lower() in path.name.lower()), None)
+    if path.exists() or size is None:
+        return Qwen2Config.from_json(path / "config.json")
+    hidden, intermediate, layers, heads, key_heads, tied = PUBLISHED[size]
+    return Qwen2Config(
+        vocab_size=151936 if tied else 152064, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768, rms_norm_eps=1e-6,
+        rope_theta=1e6, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def _remedy(config: Config, shape: Qwen2Config, plan: Plan) -> str:
+    missing = max(sum(plan.update.values()), sum(plan.rollout.values())) - plan.budget
+    per_token = activation_bytes_per_token(shape, getattr(torch, config.model.dtype), shape.num_hidden_layers)
+    tokens = int(config.training.micro_batch_tokens - missing / per_token) // 256 * 256
+    if plan.cache_rows >= 1 and tokens >= config.training.max_gen_len + PROMPT_TOKENS:
+        return f"set training.micro_batch_tokens={tokens}"
+    if not config.optimizer.offload and config.model.device == "cuda":
+        return "set optimizer.offload=true, which keeps the optimizer state in CPU memory"
+    return f"raise model.memory_gib by {missing / GIB:.1f} on a larger card, or take a smaller model"

@@ -1,0 +1,74 @@
+"""What several test files build: tiny models whose every parameter is random, and episodes from plain numbers.
+
+Sizes are distinct primes where divisibility allows: 3 layers, 2 key heads x 5 query heads each, head size 2 x 3,
+hidden 60, MLP 37, 101 rows of the head.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+
+from data_types import Episode, Reward
+from qwen2_model import Qwen2Config, Transformer
+
+CONFIG = Qwen2Config(
+    vocab_size=101, hidden_size=60, intermediate_size=37, num_hidden_layers=3, num_attention_heads=10,
+    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-2, rope_theta=1000.0, tie_word_embeddings=False,
+    bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def random_model(*, tied: bool = False, seed: int = 0, vocab_size: int = 101) -> Transformer:
+    """Norm weights and biases are far from 1 and 0, so that leaving one out shows."""
+    model = Transformer(Qwen2Config(**asdict(CONFIG) | {"tie_word_embeddings": tied, "vocab_size": vocab_size}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * (0.25 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5))
+    return model
+
+
+def reference_model(model: Transformer):
+    """The same weights in transformers' implementation."""
+    from transformers import Qwen2Config as ReferenceConfig
+    from transformers import Qwen2ForCausalLM
+
+    c = model.config
+    config = ReferenceConfig(
+        **{k: v for k, v in asdict(c).items() if k != "rope_theta"}, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, pad_token_id=None,
+    )  # fmt: skip
+    reference = Qwen2ForCausalLM(config).eval()
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if c.tie_word_embeddings else set())
+    return reference
+
+
+def random_tokens(*shape: int, seed: int = 0, vocab_size: int = 101) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def episode(question_id: int, prompt: list[int], response: list[int], reward: float, *, finished: bool = True) -> Episode:
+    return Episode(
+        question_id=question_id, prompt_token_ids=prompt, response_token_ids=response,
+        response_logprobs=[-1.5] * len(response), is_finished=finished, text="", reward=Reward(reward, {}),
+    )  # fmt: skip
+
+
+def write_word_tokenizer(directory: Path, *, size: int, stop_ids: list[int]) -> Path:
+    """A tokenizer whose entry i is the word "w<i>", as files that Tokenizer.from_pretrained reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    FastTokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}", "eos_token": "w2"}')
+    (directory / "generation_config.json").write_text(f'{{"eos_token_id": {stop_ids}}}')
+    return directory

@@ -1,0 +1,338 @@
+"""The algorithm: advantages by hand, and the gradient of a whole update against a loop written from the equation."""
+
+import math
+import statistics
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from helpers import episode, random_model, random_tokens, reference_model, write_word_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+import grpo
+from data_types import Episode, Question, Reward
+from grpo import TokenLoss, episode_advantages, group_advantages, rollout, update_policy
+from tokenizer import Tokenizer
+
+TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
+
+
+class Recorder:
+    """Stands where the optimizer does: keeps the gradient, leaves the weights."""
+
+    def __init__(self, model):
+        self.model, self.gradient = model, None
+
+    def step(self):
+        self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad()
+
+
+# --- advantages
+
+
+def test_advantages_by_hand():
+    # Catches: correction=0 -> 1 (sample standard deviation); eps 1e-4 -> 1e-8; the mean over the batch.
+    rewards_NM = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 5.0, 3.0, 5.0]])
+    std = math.sqrt(3) / 4  # of (1, 0, 0, 0) about 1/4: sqrt((9/16 + 3/16) / 4)
+    wanted = [[0.75 / (std + 1e-4), *[-0.25 / (std + 1e-4)] * 3], [-1 / 1.0001, 1 / 1.0001, -1 / 1.0001, 1 / 1.0001]]
+    advantages_NM = group_advantages(rewards_NM)
+    assert advantages_NM.dtype == torch.float32
+    torch.testing.assert_close(advantages_NM, torch.tensor(wanted), rtol=1e-6, atol=0)
+    assert group_advantages(rewards_NM, eps=1.0)[1, 1] == 0.5
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.1, 1 / 3, -7.7, 1e-30])
+@pytest.mark.parametrize("answers", [2, 3, 7, 1000])
+def test_equal_rewards_give_exactly_0(reward, answers):
+    # Catches: masked_fill dropped: the mean of three 0.1 is not 0.1, and the difference over eps is an advantage.
+    advantages_NM = group_advantages(torch.tensor([[reward] * answers, [0.0] * (answers - 1) + [1.0]]))
+    assert torch.equal(advantages_NM[0], torch.zeros(answers))
+    assert (advantages_NM[1] != 0).all()  # a neighbour keeps its own
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=2, max_size=17))
+def test_advantages_equal_the_statistics_module(rewards):
+    # Catches: the median for the mean; correction=0 -> 1.
+    mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
+    wanted = [(r - mean) / (std + 1e-4) for r in rewards] if len(set(rewards)) > 1 else [0.0] * len(rewards)
+    assert group_advantages(torch.tensor([rewards]))[0].tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 0), (3,)])
+def test_a_group_of_one_is_refused(shape):
+    with pytest.raises(ValueError, match="at least 2 answers"):
+        group_advantages(torch.zeros(shape))
+
+
+def test_groups_are_by_question_id_wherever_their_episodes_stand():
+    # Catches: grouping by the prompt's tokens: the two equal questions would become one group with advantages.
+    episodes = [episode(q, [1, 2], [3], r) for q, r in [(5, 1.0), (2, 0.0), (5, 1.0), (2, 0.0), (7, 0.0), (7, 2.0)]]
+    assert episode_advantages(episodes) == pytest.approx([0, 0, 0, 0, -1 / 1.0001, 1 / 1.0001])
+
+
+# --- the gradient of an update
+
+
+def batch(ragged: bool) -> list[Episode]:
+    """Five groups of 2 to 5 answers, out of order; one has equal rewards, two have equal prompts; some are cut off."""
+    plan = [(0, 1.1), (3, 0.0), (1, 0.1), (0, 0.0), (4, 1.0), (2, 1.0), (1, 0.1), (0, 0.1), (3, 1.0), (2, 0.0), (4, 0.0),
+            (0, 0.0), (1, 0.1), (2, 0.0), (0, 1.0), (4, 0.1)]  # fmt: skip
+    prompts = [random_tokens(n, seed=n).tolist() for n in ((11, 1, 5, 11, 17) if ragged else (7, 7, 7, 7, 7))]
+    prompts[3] = prompts[0]
+    episodes = []
+    for i, (q, reward) in enumerate(plan):
+        length = 1 + 5 * i % 13 if ragged else 5
+        response = random_tokens(length, seed=100 + i, vocab_size=VOCAB).tolist()
+        episodes.append(episode(q, prompts[q], response, reward, finished=i % 4 != 3))
+    return episodes
+
+
+@cache
+def naive_gradient(tied: bool, ragged: bool, skip_unfinished: bool, temperature=TEMPERATURE, vocab_size=VOCAB):
+    """The loss of DESIGN's equation, one episode at a time, each alone, by transformers and autograd."""
+    model, episodes = reference_model(random_model(tied=tied)), batch(ragged)
+    mask = [0 if skip_unfinished and not e.is_finished else 1 for e in episodes]
+    num_tokens = sum(m * len(e.response_token_ids) for m, e in zip(mask, episodes, strict=True))
+    total = 0.0
+    for m, e in zip(mask, episodes, strict=True):
+        group = [other.reward.total for other in episodes if other.question_id == e.question_id]
+        advantage = (e.reward.total - statistics.fmean(group)) / (statistics.pstdev(group) + 1e-4)
+        if len(set(group)) == 1:
+            advantage = 0.0
+        tokens = e.prompt_token_ids + e.response_token_ids
+        logits_SV = model(torch.tensor([tokens])).logits[0, :, :vocab_size] / temperature
+        logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+        for t in range(len(e.prompt_token_ids), len(tokens)):
+            total = total - m * advantage * logprobs_SV[t - 1, tokens[t]] / num_tokens
+    total.backward()
+    return total.item(), num_tokens, {n: p.grad for n, p in model.named_parameters()}
+
+
+def assert_same_gradient(got: dict, wanted: dict):
+    largest = max(g.norm() for g in wanted.values())
+    assert set(got) == set(wanted)
+    for name, gradient in wanted.items():
+        difference = (got[name] - gradient).norm()
+        if name.endswith("k_proj.bias"):  # softmax does not feel what all keys share: the true gradient is 0
+            assert difference < 1e-6 * largest, name
+        else:
+            assert gradient.norm() > 1e-4 * largest, name  # or the next line would compare rounding
+            assert difference < 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("skip_unfinished", [False, True], ids=["all", "finished"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("micro_batch_tokens", "chunk_rows", "checkpoint_layers"), [(1, 1000, 0), (29, 1000, 0), (47, 7, 2), (8192, 3, 0), (8192, 1000, 3)]
+)
+def test_update_gradient_equals_a_naive_loop(
+    micro_batch_tokens, chunk_rows, checkpoint_layers, tied, ragged, skip_unfinished, monkeypatch
+):
+    # Catches: num_tokens counted over `run` instead of `kept` or per row; advantages taken after the filter (over
+    # `kept`); `/ temperature` dropped from the gradient; `logits_PV[:, vocab_size:] = IMPOSSIBLE` dropped; sources_P
+    # off by one; positions of an answer starting at 0; an answer that does not see its prompt; `addmm_` -> overwrite,
+    # which forgets all chunks but the last.
+    monkeypatch.setattr(grpo, "LOGIT_CHUNK_BYTES", chunk_rows * 4 * 101)
+    model = random_model(tied=tied)
+    recorder = Recorder(model)
+    stats = update_policy(
+        model, recorder, batch(ragged), max_grad_norm=math.inf, skip_unfinished=skip_unfinished, temperature=TEMPERATURE,
+        vocab_size=VOCAB, micro_batch_tokens=micro_batch_tokens, checkpoint_layers=checkpoint_layers,
+    )  # fmt: skip
+    loss, num_tokens, gradient = naive_gradient(tied, ragged, skip_unfinished)
+    assert_same_gradient(recorder.gradient, gradient)
+    assert stats.loss == pytest.approx(loss, rel=1e-5)
+    assert stats.num_tokens == num_tokens
+    assert stats.grad_norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradient.values())), rel=1e-5)
+    assert not stats.skipped
+
+
+def test_defaults_are_temperature_1_and_the_whole_head():
+    # Catches: temperature=1.0 -> 0.7 in update_policy's signature.
+    model = random_model()
+    recorder = Recorder(model)
+    update_policy(model, recorder, batch(True), max_grad_norm=math.inf, skip_unfinished=False)
+    assert_same_gradient(recorder.gradient, naive_gradient(False, True, False, temperature=1.0, vocab_size=101)[2])
+
+
+def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
+    # Catches: optimizer.step() once a row; zero_grad dropped, so that the next batch adds to this one.
+    model, before = random_model(), random_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    update_policy(
+        model, optimizer, batch(True), max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB,
+        micro_batch_tokens=29,
+    )  # fmt: skip
+    gradient = naive_gradient(False, True, False)[2]
+    for (name, after), start in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert after.grad is None
+        torch.testing.assert_close(start - after, gradient[name], rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before():
+    # Catches: clip_grad_norm_ left out; the norm taken after clipping.
+    model = random_model()
+    recorder = Recorder(model)
+    stats = update_policy(model, recorder, batch(True), max_grad_norm=0.125, skip_unfinished=False,
+                          temperature=TEMPERATURE, vocab_size=VOCAB)  # fmt: skip
+    gradient = naive_gradient(False, True, False)[2]
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert norm > 0.25
+    assert_same_gradient(recorder.gradient, {n: g * 0.125 / norm for n, g in gradient.items()})
+
+
+def test_progress_counts_each_prompt_once_a_group():
+    # Catches: the prompt laid out again for every answer.
+    model, seen = random_model(), []
+    episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
+    update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, progress=seen.append)
+    assert seen == [2 * (5 + 3 * 3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "skip_unfinished", "reason"),
+    [
+        (lambda e: replace(e, is_finished=False), True, "no answer is finished"),
+        (lambda e: replace(e, reward=Reward(0.1, {})), False, "advantage 0"),
+        (lambda e: replace(e, is_finished=e.question_id == 1), True, "advantage 0"),  # the group of equal rewards
+    ],
+)
+def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, reason):
+    # Catches: `if not run` dropped: AdamW fed zeros would decay the weights and move them by its momentum.
+    model, before = random_model(), random_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    update = dict(max_grad_norm=1.0, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
+    update_policy(model, optimizer, batch(True), skip_unfinished=False, **update)  # there is momentum now
+    before.load_state_dict(model.state_dict())
+    episodes = [change(e) for e in batch(True)]
+    stats = update_policy(model, optimizer, episodes, skip_unfinished=skip_unfinished, **update)
+    assert reason in stats.skipped
+    assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
+    assert stats.num_tokens == sum(len(e.response_token_ids) for e in episodes if e.is_finished or not skip_unfinished)
+    for after, start in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(after, start)
+    assert {int(s["step"]) for s in optimizer.state.values()} == {1}
+
+
+def test_equal_questions_with_different_ids_stay_two_groups():
+    # Catches: grouping by prompt anywhere between rewards and rows.
+    prompt = [4, 5, 6]
+    episodes = [episode(q, prompt, [7, 8, 9], float(q)) for q in (0, 1, 0, 1)]
+    model = random_model()
+    stats = update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False)
+    assert "advantage 0" in stats.skipped
+
+
+# --- the loss of a chunk
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_token_loss_gradcheck(chunk_rows, monkeypatch):
+    # Catches: `.mul_(-scale_C1)` -> `.mul_(scale_C1)`; `grad_head_VE * grad_output` without grad_output;
+    # `/ temperature` dropped.
+    monkeypatch.setattr(grpo, "LOGIT_CHUNK_BYTES", chunk_rows * 4 * 13)
+    generator = torch.Generator().manual_seed(0)
+    hidden_PE = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    head_VE = torch.randn(13, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator, dtype=torch.float64)
+
+    def loss(hidden_PE, head_VE):
+        total, _ = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P, lambda h: h @ head_VE.t(), 0.6, 11)
+        return 3 * total
+
+    assert torch.autograd.gradcheck(loss, (hidden_PE, head_VE))
+    total, logprobs_P = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P, lambda h: h @ head_VE.t(), 0.6, 11)
+    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
+    torch.testing.assert_close(logprobs_P, wanted_P)
+    torch.testing.assert_close(total, (coefficients_P * wanted_P).sum())
+    assert not logprobs_P.requires_grad
+
+
+# --- from the rollout to the update
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.from_pretrained(write_word_tokenizer(tmp_path_factory.mktemp("words"), size=VOCAB, stop_ids=[7, 31, 40, 41, 50, 60]))
+
+
+def sample_episodes(model, tokenizer, *, temperature=0.8, reward=lambda text, **problem: Reward(float(len(text) % 3), {})):
+    questions = [Question("", random_tokens(n, seed=n, vocab_size=VOCAB).tolist(), {"numbers": [n], "target": 10 * n}) for n in (3, 11, 1)]
+    episodes = rollout(
+        model, tokenizer, questions, num_answers=5, max_gen_len=23, temperature=temperature, reward_function=reward,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return questions, episodes
+
+
+def test_rollout_scores_every_answer_in_order(tokenizer):
+    # Catches: `i // num_answers` -> `i % len(questions)`; the stop token left in the text; the last token cut from an
+    # unfinished answer's text too.
+    calls = []
+
+    def reward(text, *, numbers, target):
+        calls.append((text, numbers, target))
+        return Reward(len(calls) / 7, {"format": 1.0})
+
+    questions, episodes = sample_episodes(random_model(), tokenizer, reward=reward)
+    assert [e.question_id for e in episodes] == [0] * 5 + [1] * 5 + [2] * 5
+    for i, e in enumerate(episodes):
+        assert e.prompt_token_ids == questions[i // 5].prompt_token_ids
+        assert calls[i] == (e.text, questions[i // 5].problem["numbers"], questions[i // 5].problem["target"])
+        assert e.reward == Reward((i + 1) / 7, {"format": 1.0})
+        assert e.is_finished == (e.response_token_ids[-1] in tokenizer.stop_ids)
+        said = e.response_token_ids[:-1] if e.is_finished else e.response_token_ids
+        assert e.text.split() == [f"w{t}" for t in said]
+        assert len(e.response_logprobs) == len(e.response_token_ids)
+        assert e.entropy > 0
+    assert {e.is_finished for e in episodes} == {True, False}
+
+
+def test_rollout_reports_what_it_cost(tokenizer):
+    # Catches: wasted_row_steps counted as row_steps.
+    seen = []
+    questions = [Question("", [1, 2, 3], {})]
+    episodes = rollout(
+        random_model(), tokenizer, questions, num_answers=5, max_gen_len=7, temperature=1.0,
+        reward_function=lambda text: Reward(0.0, {}), generator=torch.Generator().manual_seed(0), on_stats=seen.append,
+    )  # fmt: skip
+    assert seen[0].row_steps == sum(len(e.response_token_ids) for e in episodes)
+    assert seen[0].wasted_row_steps == 0
+    assert min(seen[0].prefill_seconds, seen[0].decode_seconds, seen[0].reward_seconds) >= 0
+
+
+def test_sampler_and_trainer_agree_on_every_log_probability(tokenizer):
+    # Catches: the temperature or the vocabulary mask applied by one of the two only; sources_P off by one.
+    model = random_model()
+    _, episodes = sample_episodes(model, tokenizer)
+    update = dict(max_grad_norm=1.0, skip_unfinished=False, vocab_size=VOCAB, micro_batch_tokens=50)  # noqa: C408
+    stats = update_policy(model, Recorder(model), episodes, temperature=0.8, **update)
+    assert 0 < stats.logprob_diff_mean <= stats.logprob_diff_max < 1e-4
+    mismatched = update_policy(model, Recorder(model), episodes, temperature=1.0, **update)
+    assert mismatched.logprob_diff_mean > 0.1
+
+
+def test_logprob_difference_is_the_mean_and_the_largest():
+    # Catches: .mean() of the signed differences.
+    model = random_model()
+    episodes = [episode(0, [1, 2], [3, 4, 5], 0.0), episode(0, [1, 2], [6, 7], 1.0)]
+    logprobs = []
+    for e in episodes:
+        tokens = e.prompt_token_ids + e.response_token_ids
+        logprobs_SV = torch.log_softmax(model(torch.tensor([tokens]))[0].detach(), dim=-1)
+        logprobs.append([logprobs_SV[t - 1, tokens[t]].item() for t in range(2, len(tokens))])
+    shifts = [[0.25, -0.5, 0.0], [1.0, -2.0]]
+    episodes = [
+        replace(e, response_logprobs=[a + b for a, b in zip(x, y, strict=True)])
+        for e, x, y in zip(episodes, logprobs, shifts, strict=True)
+    ]
+    stats = update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False)
+    assert stats.logprob_diff_mean == pytest.approx(3.75 / 5, abs=1e-5)
+    assert stats.logprob_diff_max == pytest.approx(2.0, abs=1e-5)
