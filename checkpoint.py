@@ -38,7 +38,9 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 
 
-def save_checkpoint(directory: Path, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, place: dict, *, keep: int) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, place: dict, *, keep: int
+) -> None:  # fmt: skip
     """Write checkpoint `step`, then remove all but the newest `keep`. place: step, config and log sizes, for resume.
 
     Raises OSError with the room needed if the disk cannot hold it; earlier checkpoints are untouched.
@@ -49,8 +51,8 @@ def save_checkpoint(directory: Path, step: int, model: Transformer, tokenizer: T
         tensors = [*model.parameters(), *optimizer.state.values()]
         needed, free = sum(t.nbytes for t in tensors) + SLACK_BYTES, shutil.disk_usage(directory).free
         if needed > free:
-            raise OSError(f"no room for the checkpoint of step {step}: {directory} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB "
-                          "are needed; free some, or lower training.keep_checkpoints")
+            raise OSError(f"no room for the checkpoint of step {step}: {directory} has {free / 1e9:.2f} GB free, "
+                          f"{needed / 1e9:.2f} GB are needed; free some, or lower training.keep_checkpoints")
         try:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -69,7 +71,6 @@ def save_checkpoint(directory: Path, step: int, model: Transformer, tokenizer: T
         doomed = old.with_name(ASIDE + old.name)
         old.rename(doomed)
         shutil.rmtree(doomed)
-    return final
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -100,8 +101,8 @@ def load_trainer_state(checkpoint: Path) -> dict:
     try:
         return torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint / 'trainer.pt'} is damaged ({str(error).splitlines()[0]:.200}); remove {checkpoint} to resume from "
-                         "the checkpoint before it") from None
+        raise ValueError(f"{checkpoint / 'trainer.pt'} is damaged ({str(error).splitlines()[0]:.200}); "
+                         f"remove {checkpoint} to resume from the checkpoint before it") from None
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The hyperparameters: one frozen dataclass a section of the YAML file, read and checked once, before anything is loaded."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -20,7 +21,7 @@ def bounded(at_least=None, at_most=None, *, above=None, below=None, one_of=None)
 class ModelConfig:
     path: str  # a model directory as published: config.json, *.safetensors, tokenizer files
     device: str = bounded(one_of=("cuda", "cpu"))
-    dtype: str = bounded(one_of=("bfloat16", "float32"))  # of weights, activations and cache; the arithmetic that needs float32 has it
+    dtype: str = bounded(one_of=("bfloat16", "float32"))  # of weights, activations and cache
     memory_gib: float = bounded(above=0.0)  # of the card (or RAM): what weights and optimizer leave goes to cache and activations
 
 
@@ -46,7 +47,7 @@ class TrainingConfig:
     skip_unfinished_episodes: bool = field()  # leave answers that hit max_gen_len out of the loss (DAPO's overlong filtering)
     learning_rate: float = bounded(above=0.0, below=1.0)  # constant; too high shows first as collapsing answer lengths
     max_grad_norm: float = bounded(above=0.0)  # gradients are scaled down to this norm
-    micro_batch_tokens: int = bounded(at_least=1)  # tokens through the model at once in the update; only memory and speed depend on it
+    micro_batch_tokens: int = bounded(at_least=1)  # tokens through the model at once in the update; changes memory and speed only
     eval_interval: int = bounded(at_least=1)  # steps between evaluations on the held-out questions
     ckpt_save_interval: int = bounded(at_least=1)  # steps between checkpoints; there is one more at the end
     keep_checkpoints: int = bounded(at_least=1)  # the newest so many stay on the disk
@@ -156,10 +157,8 @@ def _check(value: Any, kind: Any, bounds: dict, name: str):
             raise ValueError(f"{name}={value!r} must be a list, for example [{bounds['at_least']}]")
         return [_check(item, typing.get_args(kind)[0], bounds, name) for item in value]
     if kind is float and isinstance(value, str):  # YAML reads 1e-6, without a point, as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

@@ -1,4 +1,4 @@
-"""Score models on the held-out questions, let a person ask one, and look at the samples of a run.
+"""Score models on the held-out questions, ask one a question, and look at the samples of a run.
 
     uv run evaluate.py MODEL [MODEL2] [--samples K] [--json FILE] [--config FILE] [key.path=value ...]
     uv run evaluate.py MODEL --ask "3 5 7 = 22"
@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import fmean
 from types import ModuleType
 
 import torch
@@ -27,142 +26,219 @@ from config import Config, load_config
 from data_types import Episode, Question, Reward
 from generate import log_probs, sample
 from grpo import rollout
-from metrics import paired_p_value, pass_at_k, success_interval
+from metrics import compare_models, model_summary
 from qwen2_model import KVCache, Transformer
 from runlog import printable
 from tasks import guard_reward, load_task, make_question
 from tokenizer import Tokenizer
 
-GREEN, RED, DIM = "32", "31", "2"  # terminal attributes
+GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
 
 
 def evaluate(
     model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, max_gen_len: int,
-    reward_function: Callable[..., Reward], generator: torch.Generator, samples: int = 1,
+    reward_function: Callable[..., Reward], generator: torch.Generator, samples: int = 1, cache_bytes: int | None = None,
     progress: Callable[[int, int], None] = lambda ended, steps: None,
 ) -> list[Episode]:  # fmt: skip
     """Answers to held-out questions, sampled at temperature 1 whatever the training's; `samples` to each question."""
     return rollout(model, tokenizer, questions, num_answers=samples, max_gen_len=max_gen_len, temperature=1.0,
-                   reward_function=reward_function, generator=generator, progress=progress)
+                   reward_function=reward_function, generator=generator, cache_bytes=cache_bytes, progress=progress)
 
 
 def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """Random numbers that are a function of these three and of nothing else."""
+    """Random numbers that depend on these three and on nothing else."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-# ---------------------------------------------------------------- what was measured
-
-
-def summarize(episodes: list[Episode], problems: list[dict]) -> dict:
-    """The figures of one model; problem i was answered by episodes i * K … (i + 1) * K - 1, with K samples each.
-
-    An answer is a success if the part "answer" of its reward is 1. Intervals: see metrics.success_interval.
-    """
-    samples, counts = len(episodes) // len(problems), success_counts(episodes)
-    sizes = [len(p["numbers"]) if isinstance(p.get("numbers"), list) else 0 for p in problems]
-
-    def success(counts: list[int]) -> dict:
-        low, high = success_interval(counts, samples)
-        return {"questions": len(counts), "success": sum(counts) / (samples * len(counts)), "low": low, "high": high}
-
-    return {
-        **success(counts),
-        "by_numbers": {n: success([c for c, size in zip(counts, sizes, strict=True) if size == n]) for n in sorted({*sizes} - {0})},
-        "pass@k": {k: fmean(pass_at_k(samples, c, k) for c in counts)
-                   for k in sorted({samples, *(2**i for i in range(samples.bit_length()))})},
-        "reward": fmean(e.reward.total for e in episodes),
-        "mean_length": fmean(len(e.response_token_ids) for e in episodes),
-        "finished": fmean(float(e.is_finished) for e in episodes),
-    }  # fmt: skip
-
-
-def success_counts(episodes: list[Episode]) -> list[int]:
-    """How many answers to each question succeeded."""
-    counts = [0] * (1 + episodes[-1].question_id)
-    for episode in episodes:
-        counts[episode.question_id] += episode.reward.parts.get("answer", 0.0) == 1.0
-    return counts
-
-
-def compare(first: list[Episode], second: list[Episode]) -> dict:
-    """The second model against the first, on the same questions and the same random numbers."""
-    differences = [b - a for a, b in zip(success_counts(first), success_counts(second), strict=True)]
-    return {"difference": sum(differences) / len(first), "p": paired_p_value(differences),
-            "questions_better": sum(d > 0 for d in differences), "questions_worse": sum(d < 0 for d in differences)}  # fmt: skip
-
-
-def table(names: list[str], summaries: list[dict]) -> str:
-    """One column a model."""
-
-    def success(s: dict) -> str:
-        return f"{s['success']:.1%} ({s['low']:.1%} … {s['high']:.1%})"
-
-    rows = [("", names), ("success, 95 % interval", [success(s) for s in summaries])]
-    for n, part in summaries[0]["by_numbers"].items() if len(summaries[0]["by_numbers"]) > 1 else ():
-        rows.append((f"  {n} numbers ({part['questions']} questions)", [success(s["by_numbers"][n]) for s in summaries]))
-    rows += [(f"pass@{k}", [f"{s['pass@k'][k]:.1%}" for s in summaries]) for k in summaries[0]["pass@k"]]
-    rows += [("mean reward", [f"{s['reward']:.3f}" for s in summaries]),
-             ("mean length", [f"{s['mean_length']:.1f} tokens" for s in summaries]),
-             ("finished", [f"{s['finished']:.1%}" for s in summaries])]  # fmt: skip
-    widths = [max(len(label) for label, _ in rows), *(max(len(cells[i]) for _, cells in rows) for i in range(len(names)))]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip([label, *cells], widths, strict=True)).rstrip() for label, cells in rows)
-
-
-def answer_record(episode: Episode, problem: dict) -> dict:
-    """One answer as --json keeps it: everything that the figures are counted from."""
-    return {"question": episode.question_id, "problem": problem, "success": episode.reward.parts.get("answer", 0.0) == 1.0,
-            "reward": episode.reward.total, "parts": episode.reward.parts, "length": len(episode.response_token_ids),
-            "finished": episode.is_finished, "text": episode.text}  # fmt: skip
-
-
-# ---------------------------------------------------------------- models
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description="Score models on held-out questions; a run stands for its newest checkpoint.")
+    parser.add_argument("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; changes to the config")
+    parser.add_argument("--config", help="YAML file with the task and its questions (default: that of the run, or config.yaml)")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    parser.add_argument("--json", metavar="FILE", help="write every answer and its outcome there")
+    parser.add_argument("--ask", metavar="QUESTION", help="let the model answer it; another training.seed, another answer")
+    parser.add_argument("--show", action="store_true", help="print the samples of a run; green: positive advantage, red: negative")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
+    paths = [a for a in arguments.models if a not in overrides]
+    try:
+        if not 1 <= len(paths) <= (1 if arguments.ask is not None or arguments.show else 2):
+            raise ValueError(f"{len(paths)} models were given; wanted one, or two to compare")
+        if arguments.show:
+            show_samples(Path(paths[0]))
+            return 0
+        located = [locate_model(path) for path in paths]
+        own_configs = [config for _, config in located if config]
+        config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
+        if config.model.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
+        directories = [directory for directory, _ in located]
+        if arguments.ask is not None:
+            ask(config, directories[0], arguments.ask)
+        else:
+            score(config, directories, samples=arguments.samples, json_path=arguments.json)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def locate_model(path: str) -> tuple[Path, Path | None]:
     """The model directory that a path stands for, and the config of the run it comes from, if it comes from one."""
     directory = Path(path)
     if (directory / "config.json").exists():
-        config = directory.parent.parent / "config.yaml" if directory.parent.name == "checkpoints" else None
-        return directory, config
+        return directory, directory.parent.parent / "config.yaml" if directory.parent.name == "checkpoints" else None
     whole = [checkpoint for checkpoint in checkpoints(directory / "checkpoints") if not find_damage(checkpoint)]
     if not whole:
-        raise FileNotFoundError(f"{path} is neither a model directory (with config.json) nor a run with a checkpoint "
-                                "(checkpoints/step-…); give one that is")
+        raise FileNotFoundError(f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint")
     return whole[-1], directory / "config.yaml"
 
 
 def load_model(config: Config, directory: Path) -> tuple[Transformer, Tokenizer]:
-    if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
-    model = Transformer.from_pretrained(directory, device=config.model.device, dtype=getattr(torch, config.model.dtype))
-    return model, Tokenizer.from_pretrained(directory)
+    dtype = getattr(torch, config.model.dtype)
+    return Transformer.from_pretrained(directory, device=config.model.device, dtype=dtype), Tokenizer.from_pretrained(directory)
 
 
-def score(config: Config, task: ModuleType, problems: list[dict], directory: Path, samples: int) -> list[Episode]:
-    """Answers of one model. The random numbers are those of the evaluations in train.py, the same for every model."""
-    model, tokenizer = load_model(config, directory)
-    questions = [make_question(task, problem, tokenizer) for problem in problems]
-    reward = guard_reward(task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors)
-    with tqdm(desc=str(directory), total=len(questions) * samples, unit="answer", leave=False, disable=None) as bar:
-        return evaluate(model, tokenizer, questions, max_gen_len=config.training.max_gen_len, reward_function=reward, samples=samples,
-                        generator=seeded_generator(config.training.seed, "evaluation"), progress=lambda ended, _: bar.update(ended - bar.n))
+def guarded_reward(config: Config, task: ModuleType) -> Callable[..., Reward]:
+    return guard_reward(task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors)
 
 
-# ---------------------------------------------------------------- one question, thought aloud
+# ---------------------------------------------------------------- held-out questions
 
 
-def ask(config: Config, task: ModuleType, directory: Path, text: str) -> None:
-    """Print the model's answer to a question as it comes, then what the task makes of it."""
+def score(config: Config, directories: list[Path], *, samples: int, json_path: str | None) -> None:
+    """Print a table of the models, each answering with the random numbers of train.py's evaluations."""
+    if samples < 1:
+        raise ValueError(f"--samples {samples}: wanted at least 1")
+    if json_path and not Path(json_path).parent.is_dir():
+        raise FileNotFoundError(f"--json {json_path}: there is no directory {Path(json_path).parent}; make it first")
+    task = load_task(config.task)
+    _, problems = task.load_problems(config.data)
+    answers = []
+    for directory in directories:
+        model, tokenizer = load_model(config, directory)
+        with tqdm(desc=str(directory), total=len(problems) * samples, unit="answer", leave=False, disable=None) as bar:
+            answers.append(evaluate(
+                model, tokenizer, [make_question(task, problem, tokenizer) for problem in problems], samples=samples,
+                max_gen_len=config.training.max_gen_len, reward_function=guarded_reward(config, task),
+                generator=seeded_generator(config.training.seed, "evaluation"),
+                progress=lambda ended, _, bar=bar: bar.update(ended - bar.n),
+            ))  # fmt: skip
+    summaries = [{"model": str(d), **model_summary(episodes, problems)} for d, episodes in zip(directories, answers, strict=True)]
+    comparison = compare_models(*answers) if len(answers) == 2 else None
+    print(f"{len(problems)} held-out questions of {config.data.path}, answers to each: {samples}\n{table(summaries)}")
+    if comparison:
+        print("difference {difference:+.1%}: better on {questions_better} questions, worse on {questions_worse}, "
+              "p = {p:.2g} (exact paired test)".format(**comparison))
+    if json_path:
+        for summary, episodes in zip(summaries, answers, strict=True):
+            summary["answers"] = [answer_record(episode, problems) for episode in episodes]
+        report = {"models": summaries, "comparison": comparison}
+        Path(json_path).write_text(json.dumps(report, default=str) + "\n", encoding="utf-8")
+
+
+def table(summaries: list[dict]) -> str:
+    """One column a model."""
+
+    def success(s: dict) -> str:
+        return f"{s['success']:.1%} ({s['success_low']:.1%} … {s['success_high']:.1%})"
+
+    rows = [["", *(s["model"] for s in summaries)], ["success = pass@1 (95 % interval)", *map(success, summaries)]]
+    if len(summaries[0]["by_numbers"]) > 1:
+        for size, part in summaries[0]["by_numbers"].items():
+            rows.append([f"  {size} numbers, {part['questions']} questions", *(success(s["by_numbers"][size]) for s in summaries)])
+    rows += [[f"pass@{k}", *(f"{s['pass_at'][k]:.1%}" for s in summaries)] for k in summaries[0]["pass_at"] if k > 1]
+    rows += [["reward", *(f"{s['reward']:.3f}" for s in summaries)],
+             ["mean length", *(f"{s['mean_length']:.1f} tokens" for s in summaries)],
+             ["finished", *(f"{s['finished']:.1%}" for s in summaries)]]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def answer_record(episode: Episode, problems: list[dict]) -> dict:
+    """One answer in the JSON file: all that the figures are counted from."""
+    return {
+        "question": episode.question_id, "problem": problems[episode.question_id], "text": episode.text,
+        "success": episode.reward.parts.get("answer", 0.0) == 1.0, "reward": episode.reward.total, "parts": episode.reward.parts,
+        "length": len(episode.response_token_ids), "finished": episode.is_finished,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- one question, and the samples of a run
+
+
+def ask(config: Config, directory: Path, text: str) -> None:
+    """Print the model's answer to a question token by token, then what the task makes of it."""
+    task = load_task(config.task)
     if not hasattr(task, "parse_question"):
-        raise ValueError(f"--ask: task={config.task} lacks parse_question(text) -> problem; add it to the task's file")
+        raise ValueError(f"--ask: task={config.task} has no parse_question(text) -> problem; add that function to the task's file")
     problem = task.parse_question(text)
     model, tokenizer = load_model(config, directory)
-    question, max_gen_len = make_question(task, problem, tokenizer), config.training.max_gen_len
-    print(printable(question.prompt.rpartition("\n")[2]), end="", flush=True)
-    ids, answer = [], ""
-    generator = seeded_generator(config.training.seed, "ask")
-    for piece in text_pieces(stream(model, tokenizer, question.prompt_token_ids, max_gen_len=max_gen_len, generator=generator, seen=ids), tokenizer.decode):
+    question = make_question(task, problem, tokenizer)
+    room = model.config.max_position_embeddings - len(question.prompt_token_ids)
+    if room < config.training.max_gen_len:
+        raise ValueError(f"--ask: the question leaves room for {room} tokens; shorten it, or add training.max_gen_len={room}")
+    tokens = stream(model, tokenizer, question.prompt_token_ids, max_gen_len=config.training.max_gen_len,
+                    generator=seeded_generator(config.training.seed, "ask"))
+    print(question.prompt.rpartition("\n")[2], end="", flush=True)
+    answer = ""
+    for piece in text_pieces(tokens, tokenizer.decode):
         answer += piece
         print(printable(piece), end="", flush=True)
+    reward = guarded_reward(config, task)(answer, **problem)
+    print("\n\n" + describe(reward.total, reward.parts))
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt: list[int], *, max_gen_len: int, generator: torch.Generator
+) -> Iterator[int]:
+    """Sample one answer at temperature 1, token by token; the stop token is left out."""
+    weight = model.head_weight_VE
+    cache = KVCache(model.config, batch_size=1, max_len=len(prompt) + max_gen_len, device=weight.device, dtype=weight.dtype)
+    tokens_1L = torch.tensor([prompt], device=weight.device)
+    for _ in range(max_gen_len):
+        log_probs_1V = log_probs(model.next_token_logits(tokens_1L, cache), 1.0, tokenizer.vocab_size)
+        ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device))
+        if int(ids_1) in tokenizer.stop_ids:
+            return
+        yield int(ids_1)
+        tokens_1L = ids_1[:, None]
+
+
+def text_pieces(token_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of a growing answer; a character whose bytes are spread over tokens comes when it is whole."""
+    ids, text, shown = [], "", 0
+    for token_id in token_ids:
+        ids.append(token_id)
+        text = decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]
+
+
+def describe(reward: float, parts: dict[str, float]) -> str:
+    return f"reward {reward:g} (" + ", ".join(f"{name} {value:g}" for name, value in parts.items()) + ")"
+
+
+def show_samples(run: Path) -> None:
+    path = run / "samples.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{run} holds no samples.jsonl; --show wants the directory of a run, for example runs/tiny")
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    with open(path, encoding="utf-8") as lines:
+        for s in map(json.loads, lines):
+            colour = GREEN if s["advantage"] > 0 else RED if s["advantage"] < 0 else ""
+            head = (f"step {s['step']}, {s['kind']}: {describe(s['reward'], s['parts'])}; advantage {s['advantage']:+.2f}, "
+                    f"{s['length']} tokens{'' if s['finished'] else ', cut off'}")
+            for paint, text in (("", head), (DIM, s["question"]), (colour, s["text"] + "\n")):
+                text = printable(text)
+                print(f"{paint}{text}\033[0m" if coloured and paint else text)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --show | head` ends quietly
+    sys.exit(main())

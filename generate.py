@@ -94,17 +94,20 @@ def generate(
     if not min(map(len, prompts)):
         raise ValueError("a prompt has no tokens; every answer continues at least one")
     if longest + max_gen_len > config.max_position_embeddings:
-        raise ValueError(f"a prompt of {longest} tokens and answers of up to {max_gen_len} exceed the model's "
-                         f"{config.max_position_embeddings} positions; lower max_gen_len to {config.max_position_embeddings - longest}")
+        limit = config.max_position_embeddings
+        raise ValueError(f"a prompt of {longest} tokens and answers of up to {max_gen_len} exceed the model's {limit} positions; "
+                         f"lower max_gen_len to {limit - longest}")
     stats = GenerateStats()
     clock = time.perf_counter()
     prefilled = prefill(model, prompts)
     stats.prefill_seconds = time.perf_counter() - clock
     row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + max_gen_len)
-    budget = default_cache_bytes(weight.device, config.vocab_size, len(prompts) * num_answers) if cache_bytes is None else cache_bytes
-    stats.slots = min(budget // row_bytes, len(prompts) * num_answers)
+    answers = len(prompts) * num_answers
+    if cache_bytes is None:
+        cache_bytes = default_cache_bytes(weight.device, config.vocab_size, answers)
+    stats.slots = min(cache_bytes // row_bytes, answers)
     if stats.slots < 1:
-        raise ValueError(f"a cache of {budget:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes {row_bytes:,}; "
+        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes {row_bytes:,}; "
                          "raise the budget, or lower max_gen_len")
     clock = time.perf_counter()
     decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
@@ -158,7 +161,9 @@ class _Decoder:
         self.num_answers, self.max_gen_len, self.temperature, self.vocab_size = num_answers, max_gen_len, temperature, vocab_size
         self.cache = KVCache(model.config, batch_size=slots, max_len=max(map(len, prompts)) + max_gen_len + self.interval,
                              device=device, dtype=model.head_weight_VE.dtype)
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        self.stop_ids = stop_ids
+        self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+        self.is_stop_V[torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)] = True
         # One column more than the budget, because an ended row goes on writing behind its last token until it is looked
         # at; one row more than there are answers, for the slots that fill up a multiple.
         shape = answers + 1, max_gen_len + 1
@@ -212,7 +217,7 @@ class _Decoder:
         self.entropies_AG[answers_R, columns_R] = entropies_R
         self.lengths_A[answers_R] = columns_R + active_R
         self.tokens_R[:rows] = ids_R
-        active_R &= ~torch.isin(ids_R, self.stop_ids) & (columns_R + 1 < self.max_gen_len)
+        active_R &= ~self.is_stop_V[ids_R] & (columns_R + 1 < self.max_gen_len)
 
     def _admit(self, answers: list[int], slots: list[int]) -> None:
         device = self.active_R.device
@@ -233,9 +238,8 @@ class _Decoder:
     def samples(self) -> list[Sample]:
         lengths, ids = self.lengths_A[:-1].tolist(), self.ids_AG.tolist()
         logprobs, entropies = self.logprobs_AG.tolist(), self.entropies_AG.tolist()
-        stop_ids = set(self.stop_ids.tolist())
         return [
-            Sample(ids[a][:n], logprobs[a][:n], sum(entropies[a][:n]) / n, ids[a][n - 1] in stop_ids)
+            Sample(ids[a][:n], logprobs[a][:n], sum(entropies[a][:n]) / n, ids[a][n - 1] in self.stop_ids)
             for a, n in enumerate(lengths)
         ]
 

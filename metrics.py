@@ -100,6 +100,53 @@ def paired_p_value(differences: list[int]) -> float:
     return min(1.0, float(chances[as_extreme].sum()))
 
 
+def success_counts(episodes: list[Episode]) -> list[int]:
+    """How many answers to each question (question_id 0, 1, …) succeeded."""
+    counts = [0] * (1 + max(e.question_id for e in episodes))
+    for episode in episodes:
+        counts[episode.question_id] += episode.reward.parts.get("answer", 0.0) == 1.0
+    return counts
+
+
+def model_summary(episodes: list[Episode], problems: list[dict]) -> dict:
+    """What evaluate.py reports of a model that gave equally many answers (samples) to each problem.
+
+    by_numbers: the success of the problems with so many entries under the key "numbers"; empty where there are none.
+    """
+    samples, counts = len(episodes) // len(problems), success_counts(episodes)
+
+    def success(counts: list[int]) -> dict:
+        low, high = success_interval(counts, samples)
+        rate = sum(counts) / (samples * len(counts))
+        return {"questions": len(counts), "success": rate, "success_low": low, "success_high": high}
+
+    by_numbers: dict[int, list[int]] = {}
+    for count, problem in zip(counts, problems, strict=True):
+        if isinstance(problem.get("numbers"), list):
+            by_numbers.setdefault(len(problem["numbers"]), []).append(count)
+    ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
+    return {
+        **success(counts),
+        "samples": samples,
+        "by_numbers": {size: success(by_numbers[size]) for size in sorted(by_numbers)},
+        "pass_at": {k: fmean(pass_at_k(samples, count, k) for count in counts) for k in ks},
+        "reward": fmean(e.reward.total for e in episodes),
+        "mean_length": fmean(len(e.response_token_ids) for e in episodes),
+        "finished": fmean(float(e.is_finished) for e in episodes),
+    }
+
+
+def compare_models(first: list[Episode], second: list[Episode]) -> dict:
+    """The second model against the first, on the same questions with equally many answers."""
+    differences = [b - a for a, b in zip(success_counts(first), success_counts(second), strict=True)]
+    return {
+        "difference": sum(differences) / len(first),
+        "questions_better": sum(d > 0 for d in differences),
+        "questions_worse": sum(d < 0 for d in differences),
+        "p": paired_p_value(differences),
+    }
+
+
 def pick_samples(episodes: list[Episode], advantages: list[float], prompts: list[str]) -> list[dict]:
     """The best, the worst and the longest answer of a step, as samples.jsonl keeps them."""
     chosen = {

@@ -81,7 +81,8 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = activations
     plan = Plan(rollout, update, budget, state if offloaded else 0, max(cache_rows, 1) * row_bytes, checkpoint_layers, cache_rows)
     if cache_rows < 1 or sum(update.values()) > budget:
-        raise ValueError(f"the run does not fit into model.memory_gib={config.model.memory_gib}:\n{plan.table()}\n{_remedy(config, shape, plan)}")
+        raise ValueError(f"the run does not fit into model.memory_gib={config.model.memory_gib}:\n{plan.table()}\n"
+                         + _remedy(config, shape, plan))
     return plan
 
 

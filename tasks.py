@@ -62,8 +62,9 @@ def guard_reward(reward_function: Callable[..., Reward], *, timeout: float, erro
                 return Reward(0.0, {"error": 1.0})
             frame = traceback.extract_tb(error.__traceback__)[-1]
             what = f"took over {timeout} s" if isinstance(error, _TimeUp) else f"raised {error!r}"
-            raise ValueError(f"the reward function {what} ({frame.filename}:{frame.lineno}) on the question {problem!r:.300} and "
-                             f"the answer {response!r:.300}; mend it, or count such answers as 0 with training.reward_errors=zero") from None
+            raise ValueError(f"the reward function {what} ({frame.filename}:{frame.lineno}) on the question {problem!r:.300} "
+                             f"and the answer {response!r:.300}; mend it, or count such answers as 0 with "
+                             "training.reward_errors=zero") from None
 
     return guarded
 

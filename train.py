@@ -172,7 +172,7 @@ class Run:
                     self._save()
                 if skipped_in_a_row == training.max_skipped_steps:
                     raise RunStopped(f"{skipped_in_a_row} steps in a row were skipped: {stats.skipped} (questions "
-                                     f"{stats.broken_questions}); the weights are those of the last good step, in {self.checkpoints}")
+                                     f"{stats.broken_questions}); {self.checkpoints} has the weights of the last good step")
                 if step == first + 2:
                     self._report_cost(time.perf_counter() - started, last - step)
             self._evaluate(last)
@@ -182,8 +182,9 @@ class Run:
             print(f"\ninterrupted after step {self.place['step']}; go on with the same command and --resume")
             return 128 + self.signals.received
         except torch.OutOfMemoryError as error:
-            raise RunStopped(f"the GPU's memory is full in the {self.phase} ({str(error).splitlines()[0]}); lower model.memory_gib or "
-                             f"training.micro_batch_tokens, and --resume. The plan was\n{self.plan.table()}") from None
+            raise RunStopped(f"the GPU's memory is full in the {self.phase} ({str(error).splitlines()[0]}); lower "
+                             "model.memory_gib, which makes the plan smaller, and --resume. The plan was\n"
+                             + self.plan.table()) from None
         finally:
             self.log.close()
         self._report_outcome()
@@ -334,8 +335,8 @@ class Run:
     def _compare_config(self, saved: dict) -> None:
         for key, old, new in _differences(saved, dataclasses.asdict(self.config)):
             if key.startswith(FIXED_KEYS):
-                raise ValueError(f"{key} was {old!r} in the run to resume and is {new!r} now; it cannot change: restore it, or start "
-                                 "a new run with another output_dir=…")
+                raise ValueError(f"{key} was {old!r} in the run to resume and is {new!r} now; it cannot change: restore it, or "
+                                 "start a new run with another output_dir=…")
             print(f"note: {key} changes from {old!r} to {new!r}")
 
     def _check_lengths(self) -> None:
@@ -343,8 +344,8 @@ class Run:
         longest = max(len(q.prompt_token_ids) for q in questions)
         limit = self.model.config.max_position_embeddings
         if longest + self.config.training.max_gen_len > limit:
-            raise ValueError(f"a prompt of {longest} tokens and training.max_gen_len={self.config.training.max_gen_len} exceed the model's "
-                             f"max_position_embeddings={limit}; lower training.max_gen_len to {limit - longest}")
+            raise ValueError(f"a prompt of {longest} tokens and training.max_gen_len={self.config.training.max_gen_len} exceed the "
+                             f"model's max_position_embeddings={limit}; lower training.max_gen_len to {limit - longest}")
 
 
 def _success(metrics: dict) -> str:

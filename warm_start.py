@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-MAX_FAILED_ATTEMPTS = 4  # before a trace hits or gives up
+PERSISTENCE = 0.7  # probability of one more failing attempt before a trace hits or gives up
 HIT_SHARE = 0.5  # of the traces; the rest give up
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW
@@ -94,7 +94,10 @@ def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Ra
     hits = [a for a in attempts if a[2] == target]
     failures = [a for a in attempts if a[2] != target]
     succeeds = rng.random() < HIT_SHARE
-    tried = rng.sample(failures, rng.randint(0 if succeeds else 1, MAX_FAILED_ATTEMPTS))
+    count = 0 if succeeds else 1
+    while count < len(failures) and rng.random() < PERSISTENCE:
+        count += 1
+    tried = rng.sample(failures, count)
     lines = [f" {working}, want {target}: no" for _, working, _ in tried]
     if succeeds:
         answer, working, _ = rng.choice(hits)
@@ -137,7 +140,9 @@ def make_tokenizer(directory: Path, texts: list[str]) -> None:
     fast.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )  # fmt: skip
     numbers = [" ".join(map(str, range(MAX_VALUE + 1)))] * 50  # each number often enough to become a token
     fast.train_from_iterator([*texts, *numbers], trainer)
     directory.mkdir(parents=True)

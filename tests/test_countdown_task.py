@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig
@@ -19,6 +19,7 @@ from data_types import Reward
 
 PUBLISHED = Path(__file__).parent.parent / "../shared/countdown/countdown_cd3_test.jsonl"
 LIMIT_SECONDS = 0.010  # of one call of the reward, whatever the text
+REPEATABLE = settings(max_examples=300, deadline=None, derandomize=True)
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -222,7 +223,8 @@ def test_total_is_answer_plus_a_tenth_of_format(response, form, answer, total):
 
 def test_the_numbers_may_come_in_any_sequence():
     response = "x</think>\n<answer>(5 - 3) * 7</answer>"
-    assert all(reward_function(response, numbers, 14).total == pytest.approx(1.1) for numbers in ((7, 5, 3), [3, 5, 7], range(3, 8, 2)))
+    for numbers in ((7, 5, 3), [3, 5, 7], range(3, 8, 2)):
+        assert reward_function(response, numbers, 14).parts["answer"] == 1
 
 
 # ---------------------------------------------------------------- an independent evaluator
@@ -268,8 +270,10 @@ def render(tree, rng) -> str:
 
 
 # Catches: every change of the grammar: precedence, associativity, the order of operands, the scope of a sign.
-@given(rng=st.randoms(use_true_random=False), numbers=st.lists(st.integers(0, 30), min_size=1, max_size=6))
-def test_expressions_are_worth_what_their_tree_is_worth(rng, numbers):
+@REPEATABLE
+@given(seed=st.integers(0, 2**32), numbers=st.lists(st.integers(0, 30), min_size=1, max_size=6))
+def test_expressions_are_worth_what_their_tree_is_worth(seed, numbers):
+    rng = random.Random(seed)
     tree = random_tree(rng, numbers)
     value, text = tree_value(tree), render(tree, rng)
     shuffled = rng.sample(numbers, len(numbers))
@@ -305,6 +309,7 @@ def python_value(text: str) -> Fraction | None:
 
 # Catches: `take() != ")"` left out of atom(); `peek() is not None` left out of parse(); "2(3)" or "1 2" accepted.
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's parser on "2(3)"
+@REPEATABLE
 @given(st.lists(st.sampled_from([*"+-*/()", " ", *"0123", "12", "+", "*"]), max_size=9).map("".join))
 def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
     value = python_value(text)
@@ -317,9 +322,9 @@ def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
 
 FRAGMENTS = [
     "<think>", "</think>", "<answer>", "</answer>", "<", ">", "</", "answer>", "</answer", "<|im_end|>", "<|endoftext|>",
-    *"0123456789", *"+-*/()", " ", "\n", "\t", "\r", "3", "5", "7", "3 * 5 + 7", "(3*5)+7", "**", "//", "_", ".", "=", ",", "e9", "0x",
-    "\0", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x1c", "１", "²", "٣", "½", "−", "×", "é", "思", "🤔",
-    "9" * 25, "(" * 70, ")" * 70, "-" * 300, "9**9**9", "__import__('os')", "{}", "%s", "\\", "'", '"',
+    *"0123456789", *"+-*/()", " ", "\n", "\t", "\r", "3", "5", "7", "3 * 5 + 7", "(3*5)+7", "**", "//", "_", ".", "=", ",", "e9",
+    "0x", "\0", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x1c", "１", "²", "٣", "½", "−", "×", "é",
+    "思", "🤔", "9" * 25, "(" * 70, ")" * 70, "-" * 300, "9**9**9", "__import__('os')", "{}", "%s", "\\", "'", '"',
 ]  # fmt: skip
 ANYTHING = st.one_of(
     st.text(st.characters()),  # lone surrogates included
@@ -331,6 +336,7 @@ ANYTHING = st.one_of(
 
 
 # Catches: ZeroDivisionError or SyntaxError left out of _is_solution's except.
+@REPEATABLE
 @given(response=ANYTHING)
 def test_no_text_raises_or_takes_long(response):
     call_within_limit(response)
@@ -353,8 +359,8 @@ HOSTILE = {
     "100,000 parentheses opened": inside("(" * 100_000),
     "100,000 parentheses closed": inside(")" * 100_000),
     "100,000 parentheses around": inside("(" * 50_000 + "3*5+7" + ")" * 50_000),
-    "as deep as length allows": inside("(" * 497 + "3*5+7" + ")" * 497),
-    "as many signs as length allows": inside("3*5+" + "-+" * 497 + "7"),
+    "as deep as fits": inside("(" * 497 + "3*5+7" + ")" * 497),
+    "as many signs as fit": inside("3*5+" + "-+" * 496 + "7"),
     "20,000 opened thoughts": "<think>" * 20_000,
     "20,000 closed thoughts": "</think>" * 20_000,
     "20,000 opened answers": "</think>" + "<answer>" * 20_000,
@@ -379,10 +385,9 @@ def test_hostile_text_is_scored_in_time(response):
     call_within_limit(response)
 
 
-@pytest.mark.parametrize("name", sorted(HOSTILE.keys() - {"megabyte of thinking", "megabyte after the answer", "lone surrogates outside",
-                                                          "as many signs as length allows"}))  # fmt: skip
-def test_hostile_answers_earn_nothing(name):
-    assert reward_function(HOSTILE[name], [3, 5, 7], 22).parts["answer"] == 0
+def test_hostile_answers_earn_nothing_and_honest_ones_in_hostile_company_all():
+    earned = {name for name, response in HOSTILE.items() if reward_function(response, [3, 5, 7], 22).parts["answer"]}
+    assert earned == {"megabyte of thinking", "megabyte after the answer", "as many signs as fit", "lone surrogates outside"}
 
 
 def test_depth_and_length_have_room_for_any_honest_answer():
@@ -440,7 +445,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="../shared/countdown/countdown_cd3_test.jsonl is not here")
 def test_the_published_problems_load_and_their_solutions_earn_everything(tmp_path):
     published = [json.loads(line) for line in PUBLISHED.read_text().splitlines()]
-    rows = [([int(n) for n in row["input"].split(",")], int(row["target" if "target" in row else "output"])) for row in published]
+    rows = [([int(n) for n in row["input"].split(",")], int(row["output"])) for row in published]
     train, test = load_problems(data_config(write_jsonl(tmp_path / "published.jsonl", [([1, 1], 2), *rows]), test_size=256))
     assert len(test) == 256
     assert list(train) == [{"numbers": [1, 1], "target": 2}]
@@ -463,7 +468,8 @@ def test_the_last_rows_are_held_out_and_what_equals_them_is_not_trained_on(tmp_p
 
 def test_blank_lines_and_other_columns_do_no_harm(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('\n{"nums": [1, 2], "target": 3, "source": "é"}\n\n  \n{"id": 1, "target": 9, "nums": [4, 5]}\n', encoding="utf-8")
+    lines = ["", '{"nums": [1, 2], "target": 3, "source": "é"}', "", "  ", '{"id": 1, "target": 9, "nums": [4, 5]}', ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
     train, test = load_problems(data_config(path, test_size=1))
     assert [*train, *test] == [{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}]
 
@@ -616,3 +622,54 @@ def test_holding_out_every_synthetic_problem_is_refused():
     assert len(test) == 7
     with pytest.raises(ValueError, match=r"data\.test_size holds out"):
         train[0]
+
+
+# ---------------------------------------------------------------- known faults
+
+
+@pytest.mark.xfail(strict=True, reason="nothing is left to train on, and load_problems returns an empty list")
+def test_a_file_with_only_held_out_problems_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "problems.jsonl", [([1, 2], 3), ([2, 1], 3)])
+    with pytest.raises(ValueError, match=r"problems\.jsonl"):
+        load_problems(data_config(path, test_size=1))
+
+
+@pytest.mark.xfail(strict=True, reason="an index at or beyond len() is answered, so a loop over the problems never ends")
+def test_synthetic_problems_end():
+    train, _ = load_problems(data_config("synthetic"))
+    assert train[-1] == train[len(train) - 1]
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError passes as it is")
+def test_a_file_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(GOOD.encode() + b"\xff\n")
+    with pytest.raises(ValueError, match=r"problems\.jsonl"):
+        load_problems(data_config(path, test_size=1))
+
+
+@pytest.mark.xfail(strict=True, reason="splitlines() also splits at U+2028, which JSON strings may hold")
+def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"nums": [1, 2], "target": 3, "note": "a\u2028b"}\n{"nums": [4, 5], "target": 9}\n', encoding="utf-8")
+    assert len(load_problems(data_config(path, test_size=1))[0]) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the row is counted without the blank lines")
+def test_a_wrong_type_is_named_by_its_line(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n\n" + GOOD + '{"nums": [1, 2.0], "target": 3}\n')
+    with pytest.raises(ValueError, match="line 4"):
+        load_problems(data_config(path, test_size=1))
+
+
+@pytest.mark.xfail(strict=True, reason="each of the answers is cut out of the text on the way to the last: 16 ms a megabyte")
+def test_megabytes_of_answers_are_scored_in_time():
+    call_within_limit("</think>" + "<answer></answer>" * 120_000)
+
+
+@pytest.mark.xfail(strict=True, reason="a no-break space counts as white space at the ends of C and not inside it")
+def test_white_space_is_the_same_everywhere_in_an_answer():
+    assert answer_reward("\u00a01 + 2", [1, 2], 3) == answer_reward("1\u00a0+ 2", [1, 2], 3)

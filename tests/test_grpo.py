@@ -129,7 +129,8 @@ def assert_same_gradient(got: dict, wanted: dict):
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("micro_batch_tokens", "chunk_rows", "checkpoint_layers"), [(1, 1000, 0), (29, 1000, 0), (47, 7, 2), (8192, 3, 0), (8192, 1000, 3)]
+    ("micro_batch_tokens", "chunk_rows", "checkpoint_layers"),
+    [(1, 1000, 0), (29, 1000, 0), (47, 7, 2), (8192, 3, 0), (8192, 1000, 3)],
 )
 def test_update_gradient_equals_a_naive_loop(
     micro_batch_tokens, chunk_rows, checkpoint_layers, tied, ragged, skip_unfinished, monkeypatch
@@ -230,6 +231,70 @@ def test_equal_questions_with_different_ids_stay_two_groups():
     assert "advantage 0" in stats.skipped
 
 
+# --- numbers that are not finite
+
+
+def assert_no_step(model, episodes, **changes):
+    """The stats of an update that must leave weights, gradients and optimizer alone."""
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    stats = update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, **changes)
+    assert not optimizer.state
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    return stats
+
+
+@pytest.mark.parametrize("damage", [
+    lambda e: replace(e, reward=Reward(math.nan, {})),
+    lambda e: replace(e, reward=Reward(math.inf, {})),
+    lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
+])  # fmt: skip
+def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
+    # Catches: `_is_finite` looking at the reward only, or at the log-probabilities only.
+    episodes = batch(True)
+    episodes[9] = damage(episodes[9])
+    stats = assert_no_step(random_model(), episodes)
+    assert "not finite" in stats.skipped
+    assert stats.broken_questions == [2]
+
+
+def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
+    # Catches: the guard behind optimizer.step(); broken_questions of the whole batch for one bad row.
+    model = random_model()
+    episodes = [episode(q, [90 + q, 1, 2], [3, 4, 5 + j], float(j)) for q in (3, 5, 7) for j in range(2)]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[95] = math.nan  # a token of question 5 alone
+    stats = assert_no_step(model, episodes, micro_batch_tokens=9)
+    assert "not finite" in stats.skipped
+    assert stats.broken_questions == [5]
+
+
+def test_a_gradient_that_is_not_finite_makes_no_step():
+    # Catches: the guard asking for the loss only.
+    model = random_model()
+    model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    stats = assert_no_step(model, batch(True))
+    assert "not finite" in stats.skipped
+    assert stats.broken_questions == [0, 2, 3, 4]  # nobody knows which, of those that were run
+
+
+def test_what_an_interrupted_update_left_does_not_reach_the_next():
+    # Catches: `optimizer.zero_grad` before the first row dropped.
+    model = random_model()
+    recorder = Recorder(model)
+
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    update = dict(max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
+    with pytest.raises(KeyboardInterrupt):
+        update_policy(model, recorder, batch(True), micro_batch_tokens=29, progress=interrupt, **update)
+    assert recorder.gradient is None
+    update_policy(model, recorder, batch(True), **update)
+    assert_same_gradient(recorder.gradient, naive_gradient(False, True, False)[2])
+
+
 # --- the loss of a chunk
 
 
@@ -260,11 +325,13 @@ def test_token_loss_gradcheck(chunk_rows, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer.from_pretrained(write_word_tokenizer(tmp_path_factory.mktemp("words"), size=VOCAB, stop_ids=[7, 31, 40, 41, 50, 60]))
+    directory = tmp_path_factory.mktemp("words")
+    return Tokenizer.from_pretrained(write_word_tokenizer(directory, size=VOCAB, stop_ids=[7, 31, 40, 41, 50, 60]))
 
 
 def sample_episodes(model, tokenizer, *, temperature=0.8, reward=lambda text, **problem: Reward(float(len(text) % 3), {})):
-    questions = [Question("", random_tokens(n, seed=n, vocab_size=VOCAB).tolist(), {"numbers": [n], "target": 10 * n}) for n in (3, 11, 1)]
+    prompts = [random_tokens(n, seed=n, vocab_size=VOCAB).tolist() for n in (3, 11, 1)]
+    questions = [Question("", prompt, {"numbers": [len(prompt)], "target": prompt[0]}) for prompt in prompts]
     episodes = rollout(
         model, tokenizer, questions, num_answers=5, max_gen_len=23, temperature=temperature, reward_function=reward,
         generator=torch.Generator().manual_seed(0),

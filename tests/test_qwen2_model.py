@@ -322,7 +322,7 @@ def test_defaults_that_published_configs_rely_on(tmp_path):
 )
 def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
     # Catches: any line of `refusals` dropped.
-    with pytest.raises(ValueError, match="config.json") as caught:
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
         read(tmp_path, published(**changes))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,105 @@
+"""Draw the curves of one or more runs: uv run plot.py RUN [RUN…] [--out FILE.png|.svg]
+
+Reward, success on the held-out questions with its 95 % interval, answer length and entropy, from metrics.jsonl;
+docs/metrics.md says what each means. Without --out the picture goes to RUN/curves.png of the first run.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+WIDTH, HEIGHT, DOTS_PER_INCH = 9.0, 6.0, 200  # inches; shown 900 pixels wide, sharp on dense screens too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by colour-blind eyes
+STYLE = {
+    "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e5e5e5", "lines.linewidth": 1.6,
+    "figure.facecolor": "white", "savefig.facecolor": "white",  # opaque, or dark pages would swallow the letters
+    "svg.hashsalt": "grpo",  # the same run gives the same file
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description="Draw reward, held-out success, answer length and entropy of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories with a metrics.jsonl")
+    parser.add_argument("--out", metavar="FILE", help=".png or .svg (default: curves.png in the first run)")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out or Path(arguments.runs[0]) / "curves.png")
+    try:
+        if out.suffix not in (".png", ".svg"):
+            raise ValueError(f"--out {out}: wanted a name that ends in .png or .svg")
+        figure = draw({run: read_metrics(Path(run)) for run in arguments.runs})
+        with rc_context(STYLE):
+            figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None} if out.suffix == ".svg" else {})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl. Raises ValueError if there is none, or a line is damaged."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no metrics.jsonl; give the directory of a run, for example runs/tiny")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove it") from None
+    if not records:
+        raise ValueError(f"{path} is empty; wait for the first step")
+    return records
+
+
+def series(records: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric; None, for a number that was not finite, leaves a gap."""
+    points = [(r["step"], float("nan") if r[key] is None else r[key]) for r in records if key in r]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw(runs: dict[str, list[dict]]) -> Figure:
+    """Four panels over the steps, one colour a run."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        (reward, success), (length, entropy) = figure.subplots(2, 2, sharex=True)
+        for i, (name, records) in enumerate(runs.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            reward.plot(*series(records, "reward"), color=colour, label=name)
+            success.plot(*series(records, "eval/success"), color=colour, marker="o", markersize=4)
+            steps, low = series(records, "eval/success_low")
+            success.fill_between(steps, low, series(records, "eval/success_high")[1], color=colour, alpha=0.18, linewidth=0)
+            length.plot(*series(records, "completions/mean_length"), color=colour, label="all answers" if i == 0 else None)
+            length.plot(*series(records, "completions/mean_terminated_length"), color=colour, linestyle=(0, (2, 2)),
+                        label="finished answers" if i == 0 else None)
+            entropy.plot(*series(records, "entropy"), color=colour)
+        _label(reward, "Reward in training", "mean per answer")
+        _label(success, "Success on held-out questions", "share, 95 % interval")
+        _label(length, "Answer length", "mean, tokens")
+        _label(entropy, "Entropy of the sampling distribution", "mean, nats per token")
+        success.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        success.set_ylim(0, 1)
+        for panel in (length, entropy):
+            panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
+            panel.set_xlabel("step")
+        length.legend(loc="lower right", fontsize=9)
+        figure.legend(*reward.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
+    return figure
+
+
+def _label(panel: Axes, title: str, unit: str) -> None:
+    panel.set_title(title)
+    panel.set_ylabel(unit)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
