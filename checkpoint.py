@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,16 +24,19 @@ ASIDE = ".partial-"
 SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside the tensors
 
 
-class RunLock:
-    """Holds an output directory for this process; the kernel lets go when the process ends, however it ends."""
+@contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Hold an output directory for this process; the kernel lets go when the process ends, however it ends.
 
-    def __init__(self, directory: Path):
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = open(directory / "lock", "w")  # noqa: SIM115  held until the process ends
+    Raises ValueError if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{directory} is in use by another run; wait for it, or choose another output_dir=…") from None
+        yield
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

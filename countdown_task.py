@@ -1,9 +1,6 @@
 """Countdown: combine every given number once, with + - * /, into the target.
 
-A task is three functions, which train.py finds by the name in the config:
-    load_problems(data) -> (train, test)         sequences of dicts, each a problem
-    render_prompt(problem, tokenizer) -> str     what the model is given
-    reward_function(response, **problem) -> Reward
+A task is the three functions that tasks.py describes; parse_question lets a person ask by evaluate.py --ask.
 """
 
 import json
@@ -38,6 +35,14 @@ def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
     user = USER_TEMPLATE.format(numbers=problem["numbers"], target=problem["target"])
     messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": user}]
     return tokenizer.render_chat(messages) + RESPONSE_PREFIX
+
+
+def parse_question(text: str) -> dict[str, Any]:
+    """The problem that "3 5 7 = 22" stands for. Raises ValueError for what is not written so."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:[\s,]+[0-9]{1,9})+)\s*=\s*(-?[0-9]{1,9})\s*", text)
+    if match is None:
+        raise ValueError(f'{text[:80]!r} is not a question; write numbers, "=" and a target, for example "3 5 7 = 22"')
+    return {"numbers": [int(number) for number in re.split(r"[\s,]+", match[1])], "target": int(match[2])}
 
 
 # ---------------------------------------------------------------- reward

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -52,7 +52,7 @@ def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for what the user can mend."""
+    """Exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description="Score models on held-out questions; a run stands for its newest checkpoint.")
     parser.add_argument("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; changes to the config")
     parser.add_argument("--config", help="YAML file with the task and its questions (default: that of the run, or config.yaml)")
@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -180,23 +182,27 @@ def ask(config: Config, directory: Path, text: str) -> None:
     room = model.config.max_position_embeddings - len(question.prompt_token_ids)
     if room < config.training.max_gen_len:
         raise ValueError(f"--ask: the question leaves room for {room} tokens; shorten it, or add training.max_gen_len={room}")
-    tokens = stream(model, tokenizer, question.prompt_token_ids, max_gen_len=config.training.max_gen_len,
-                    generator=seeded_generator(config.training.seed, "ask"))
+    generator = seeded_generator(config.training.seed, "ask")
     print(question.prompt.rpartition("\n")[2], end="", flush=True)
-    answer = ""
-    for piece in text_pieces(tokens, tokenizer.decode):
-        answer += piece
-        print(printable(piece), end="", flush=True)
+    ids, shown = [], 0
+    for token_id in stream(model, tokenizer, question, max_gen_len=config.training.max_gen_len, generator=generator):
+        ids.append(token_id)
+        answer = whole_characters(tokenizer.decode(ids))
+        print(printable(answer[shown:]), end="", flush=True)
+        shown = len(answer)
+    answer = tokenizer.decode(ids)
+    print(printable(answer[shown:]))
     reward = guarded_reward(config, task)(answer, **problem)
-    print("\n\n" + describe(reward.total, reward.parts))
+    cut_off = f"; cut off after {len(ids)} tokens (training.max_gen_len)" if len(ids) == config.training.max_gen_len else ""
+    print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
 
 
 @torch.inference_mode()
 def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt: list[int], *, max_gen_len: int, generator: torch.Generator
+    model: Transformer, tokenizer: Tokenizer, question: Question, *, max_gen_len: int, generator: torch.Generator
 ) -> Iterator[int]:
     """Sample one answer at temperature 1, token by token; the stop token is left out."""
-    weight = model.head_weight_VE
+    weight, prompt = model.head_weight_VE, question.prompt_token_ids
     cache = KVCache(model.config, batch_size=1, max_len=len(prompt) + max_gen_len, device=weight.device, dtype=weight.dtype)
     tokens_1L = torch.tensor([prompt], device=weight.device)
     for _ in range(max_gen_len):
@@ -208,16 +214,9 @@ def stream(
         tokens_1L = ids_1[:, None]
 
 
-def text_pieces(token_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of a growing answer; a character whose bytes are spread over tokens comes when it is whole."""
-    ids, text, shown = [], "", 0
-    for token_id in token_ids:
-        ids.append(token_id)
-        text = decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[shown:]
-            shown = len(text)
-    yield text[shown:]
+def whole_characters(text: str) -> str:
+    """A growing text less its last character, if the bytes of that one are spread over tokens and not all there yet."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def describe(reward: float, parts: dict[str, float]) -> str:

@@ -17,7 +17,6 @@ from dataclasses import astuple, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from data_types import Episode
 from qwen2_model import Attend
@@ -128,6 +127,8 @@ def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
 
 
 def _attend_block_sparse(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask  # here: its import takes as long as all of torch's
+
     own_S = torch.empty(num_tokens, dtype=torch.int32)
     prompt_S = torch.empty(num_tokens, dtype=torch.int32)
     for r in runs:
@@ -149,4 +150,6 @@ def _attend_block_sparse(runs: list[Run], num_tokens: int, device: torch.device)
 @functools.cache
 def _compiled_flex_attention():
     """FlexAttention is block-sparse only when compiled; once a process, for any row length."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True)

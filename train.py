@@ -8,8 +8,8 @@ evaluation draws from nobody's stream. A checkpoint stands between a step and th
 
 import argparse
 import dataclasses
-import hashlib
 import json
+import math
 import signal
 import sys
 import time
@@ -23,17 +23,17 @@ import yaml
 from tqdm import tqdm
 
 from checkpoint import (
-    RunLock,
     checkpoint_path,
     checkpoints,
     find_damage,
     load_trainer_state,
+    lock_directory,
     remove_half_written,
     save_checkpoint,
 )
 from config import Config, load_config
 from data_types import Question, UpdateStats
-from evaluate import evaluate
+from evaluate import evaluate, seeded_generator
 from grpo import episode_advantages, rollout, update_policy
 from metrics import evaluation_metrics, pick_samples, step_metrics
 from optimizer import AdamW
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             print(make_plan(config, find_shape(config.model.path)).table())
             return 0
-        return Run(config, signals, resume=arguments.resume).train()
+        with lock_directory(Path(config.output_dir)):
+            return Run(config, signals, resume=arguments.resume).train()
     except Interrupted:
         return 128 + signals.received
     except (ValueError, FileNotFoundError) as error:
@@ -116,6 +117,10 @@ class Run:
             raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
         if resume and not has_run:
             raise FileNotFoundError(f"output_dir={self.directory} holds no run to resume; start it without --resume")
+        checkpoint = self._find_checkpoint() if resume else None
+        saved = load_trainer_state(checkpoint) if checkpoint else None
+        if saved:
+            self._compare_config(saved["place"]["config"])
         self.task = load_task(config.task)
         self.reward = guard_reward(
             self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors
@@ -123,11 +128,6 @@ class Run:
         self.train_problems, test_problems = self.task.load_problems(config.data)
         if not Path(config.model.path).exists():
             self._make_base_model(Path(config.model.path))
-        self.lock = RunLock(self.directory)
-        checkpoint = self._find_checkpoint() if resume else None
-        saved = load_trainer_state(checkpoint) if checkpoint else None
-        if saved:
-            self._compare_config(saved["place"]["config"])
         self._load(checkpoint or Path(config.model.path), saved)
         self.peaks = {}  # bytes, of the latest rollout and update
         self.order = None  # (number of the pass over the training problems, its permutation)
@@ -222,7 +222,8 @@ class Run:
             "wasted_row_steps": costs[0].wasted_row_steps / costs[0].row_steps,
             "memory/rollout": rollout_cost["peak_bytes"] / GIB, "memory/update": update_cost["peak_bytes"] / GIB,
         })  # fmt: skip
-        print("  ".join(form.format((metrics | {"seconds": seconds})[key]) for key, form in CONSOLE.values())
+        shown = metrics | {"seconds": seconds}
+        print("  ".join(form.format(shown.get(key, math.nan)) for key, form in CONSOLE.values())
               + (f"  no step: {stats.skipped}" if stats.skipped else ""), flush=True)
         self.place |= {"step": step, "log_sizes": self.log.sizes()}
         return stats
@@ -274,8 +275,7 @@ class Run:
         return make_question(self.task, problem, self.tokenizer)
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.config.training.seed}/{purpose}/{step}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return seeded_generator(self.config.training.seed, purpose, step)
 
     @contextmanager
     def _phase(self, name: str, total: int | None, unit: str) -> Iterator:

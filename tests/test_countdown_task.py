@@ -59,6 +59,7 @@ FORMAT = {  # response, which continues "<think>" -> format reward
     "the other stop token": ("x</think>\n<answer>1</answer><|endoftext|>", 1),
     "white space, then the stop token": ("x</think>\n<answer>1</answer>\n<|im_end|>", 1),
     "two stop tokens": ("x</think>\n<answer>1</answer><|im_end|><|im_end|>", 0),
+    "one stop token and the other": ("x</think>\n<answer>1</answer><|endoftext|><|im_end|>", 0),
     "nothing": ("", 0),
     "only a stop token": ("<|im_end|>", 0),
     "no closed thinking": ("x\n<answer>1</answer>", 0),
@@ -85,7 +86,7 @@ FORMAT = {  # response, which continues "<think>" -> format reward
 
 
 # Catches: any of the four tags left out of TAGS; `not (a and b)` turned into `not (a or b)`; `.strip()` left out of
-# _is_well_formed; `break` left out of the loop over stop tokens is harmless for one stop token and is caught by two.
+# _is_well_formed; `break` left out of the loop over stop tokens.
 @pytest.mark.parametrize(("response", "wanted"), FORMAT.values(), ids=FORMAT)
 def test_format_reward(response, wanted):
     assert reward_function(response, [1, 2], 3).parts["format"] == wanted
@@ -393,6 +394,8 @@ def test_hostile_answers_earn_nothing_and_honest_ones_in_hostile_company_all():
 def test_depth_and_length_have_room_for_any_honest_answer():
     assert answer_reward("(" * 30 + "3*5+7" + ")" * 30, [3, 5, 7], 22) == 1
     assert answer_reward("3 * 5 + 7" + " " * 900, [3, 5, 7], 22) == 1
+    # Catches: `self.depth -= 1` left out of atom(): parentheses side by side are not deep.
+    assert answer_reward("+".join(["(1)"] * 200), [1] * 200, 200) == 1
 
 
 @pytest.mark.slow

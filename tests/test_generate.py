@@ -58,7 +58,7 @@ def test_log_probs_are_the_log_softmax_of_the_real_entries(temperature):
 
 
 def test_draws_have_the_distribution():
-    # Catches: `cumsum_(dim=-1)` of log-probabilities' square roots; ids shifted by one; the row's uniform shared by all.
+    # Catches: the cumulative sum of square roots of probabilities; ids shifted by one; the first uniform used for all rows.
     logits_V = torch.tensor([0.3, -2.0, 1.7, 0.0, -4.0, 2.2, 0.9, -1.0, 0.0, 50.0, 1e9])
     draws = 100_000
     log_probs_RV = log_probs(logits_V.repeat(draws, 1), 1.3, 9)
@@ -110,8 +110,8 @@ def test_ids_beyond_the_vocabulary_are_never_drawn():
 
 
 def test_log_probabilities_and_entropy_equal_those_of_a_full_forward():
-    # Catches: prefill of whole prompts, so that the last token stands in the cache twice; log-probabilities of the
-    # untempered logits; the entropy summed instead of averaged; `lengths_A` grown after the write of the next column.
+    # Catches: `p[:-1]` -> `p[-longest:]` in prefill, so that a prompt's last token stands in the cache twice;
+    # log-probabilities of the untempered logits; the entropy summed instead of averaged; `columns_R + 2 * active_R`.
     model = random_model()
     samples, _ = run(model)
     for i, s in enumerate(samples):
@@ -149,8 +149,8 @@ def test_nothing_but_the_budget_ends_an_answer_without_stop_ids():
 
 @pytest.mark.parametrize("slots", [1, 3, 7, 15])
 def test_the_cache_budget_changes_nothing(slots):
-    # Catches: uniforms that belong to the slot; a row that takes over a slot without its predecessor's length reset;
-    # `_move` forgetting tokens_R.
+    # Catches: uniforms that belong to the slot; a row that takes over a slot and keeps its predecessor's length; `_move`
+    # forgetting tokens_R.
     wanted, all_stats = run()
     got, stats = run(cache_bytes=slots * ROW_BYTES + ROW_BYTES // 2)
     assert (stats.slots, all_stats.slots) == (slots, 15)
@@ -160,7 +160,7 @@ def test_the_cache_budget_changes_nothing(slots):
 
 
 def test_answers_do_not_depend_on_the_other_prompts():
-    # Catches: prompts of a batch seeing the padding of their neighbours.
+    # Catches: a mask as wide as the longest row's for all rows.
     wanted, _ = run()
     for count in (1, 2):  # random numbers come answer by answer, so the first prompts keep theirs
         got, _ = run(prompts=PROMPTS[:count])
@@ -178,8 +178,8 @@ def test_prompts_go_through_the_model_in_batches(monkeypatch):
 @pytest.mark.parametrize(("interval", "row_multiple"), [(5, 4), (8, 8), (1, 4), (5, 1)])
 @pytest.mark.parametrize("slots", [1, 3, 6, 15])
 def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, row_multiple, slots, monkeypatch):
-    # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`columns_R + active_R` -> `+ 1`) or being
-    # active; a cache without room for `interval` more; holes closed with rows that are holes themselves.
+    # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`columns_R + active_R` -> `+ 1`) or wakes up
+    # (`active_R &=` -> `=`); a cache too short; holes closed with rows that are holes themselves (`- set(holes)` dropped).
     def fixed(value):  # a property goes before what __init__ assigns to the same name
         return property(lambda self: value, lambda self, assigned: None)
 
@@ -196,7 +196,7 @@ def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, row_multi
 
 @pytest.mark.parametrize("slots", [2, 15])
 def test_progress_counts_ended_answers_and_row_steps(slots):
-    # Catches: num_ended counted twice for a slot that nobody takes over.
+    # Catches: num_ended growing twice.
     seen = []
     _, stats = run(cache_bytes=slots * ROW_BYTES, progress=lambda ended, steps: seen.append((ended, steps)))
     assert seen == sorted(seen)
@@ -243,7 +243,7 @@ def test_a_budget_without_room_for_a_row_says_what_one_takes(cache_bytes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [1, 6, 15])
 def test_cuda_draws_what_the_cpu_draws(slots):
-    # Catches: a CUDA graph replayed for another shape, or replayed without the span growing.
+    # Would catch: a CUDA graph replayed for another shape, or replayed without the span growing.
     wanted, _ = run()
     got, stats = run(random_model().cuda(), cache_bytes=slots * ROW_BYTES)
     assert_same_samples(got, wanted)

@@ -163,7 +163,7 @@ def test_defaults_are_temperature_1_and_the_whole_head():
 
 
 def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
-    # Catches: optimizer.step() once a row; zero_grad dropped, so that the next batch adds to this one.
+    # Catches: optimizer.step() once a row; zero_grad after the step dropped, which would keep the gradient's memory.
     model, before = random_model(), random_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     update_policy(
@@ -223,7 +223,7 @@ def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, re
 
 
 def test_equal_questions_with_different_ids_stay_two_groups():
-    # Catches: grouping by prompt anywhere between rewards and rows.
+    # Catches: groups.setdefault(tuple(prompt_token_ids), …) for question_id.
     prompt = [4, 5, 6]
     episodes = [episode(q, prompt, [7, 8, 9], float(q)) for q in (0, 1, 0, 1)]
     model = random_model()
@@ -251,7 +251,7 @@ def assert_no_step(model, episodes, **changes):
     lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
 ])  # fmt: skip
 def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
-    # Catches: `_is_finite` looking at the reward only, or at the log-probabilities only.
+    # Catches: `_is_finite` asking for the reward only, or for the log-probabilities only.
     episodes = batch(True)
     episodes[9] = damage(episodes[9])
     stats = assert_no_step(random_model(), episodes)
@@ -363,7 +363,7 @@ def test_rollout_scores_every_answer_in_order(tokenizer):
 
 
 def test_rollout_reports_what_it_cost(tokenizer):
-    # Catches: wasted_row_steps counted as row_steps.
+    # Catches: `stats.row_steps - stats.tokens` -> `stats.row_steps`.
     seen = []
     questions = [Question("", [1, 2, 3], {})]
     episodes = rollout(
@@ -387,7 +387,7 @@ def test_sampler_and_trainer_agree_on_every_log_probability(tokenizer):
 
 
 def test_logprob_difference_is_the_mean_and_the_largest():
-    # Catches: .mean() of the signed differences.
+    # Catches: `.abs()` dropped.
     model = random_model()
     episodes = [episode(0, [1, 2], [3, 4, 5], 0.0), episode(0, [1, 2], [6, 7], 1.0)]
     logprobs = []

@@ -37,7 +37,7 @@ groups = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)),
 @given(groups, st.integers(1, 80), st.randoms())
 def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random):
     # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1` (right for the first answer only); a last row that is
-    # not yielded; answer positions that go on where the previous answer ended; a row that goes on without its prompt.
+    # not yielded; answer positions that go on where the previous answer ended.
     episodes, advantages = make_batch(groups)
     shuffled = random.sample(range(len(episodes)), len(episodes))
     rows = list(pack_rows([episodes[i] for i in shuffled], [advantages[i] for i in shuffled], micro_batch_tokens))
@@ -68,7 +68,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
 
 
 def test_one_row_is_laid_out_as_the_picture_shows():
-    # Catches: `runs.append(Run(prompt_start, len(prompt), prompt_start, 0))` with the prompt's length for 0.
+    # Catches: `Run(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
     episodes, advantages = make_batch([(3, [2, 4]), (2, [1])])
     (row,) = pack_rows(episodes, advantages, 100)
     assert row.tokens_S.tolist() == list(range(12))
@@ -81,7 +81,7 @@ def test_one_row_is_laid_out_as_the_picture_shows():
 
 
 def test_rows_are_about_equally_long():
-    # Catches: `size >= limit` dropped: rows of 100, 100 and 20 tokens instead of three of about 73.
+    # Catches: `size >= limit` dropped: rows of 100, 100 and 22 tokens instead of three of 74.
     episodes, advantages = make_batch([(1, [1] * 219)])
     sizes = [len(row.tokens_S) for row in pack_rows(episodes, advantages, 100)]
     assert len(sizes) == 3
@@ -127,8 +127,8 @@ def assert_same_attention(attend, row, episodes, *, gradients=True):
 @settings(deadline=None, max_examples=40)
 @given(groups, st.integers(1, 80))
 def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens):
-    # Catches: `torch.arange(L) < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; query heads repeated as
-    # `repeat` instead of `repeat_interleave`; every answer given the row's first prompt.
+    # Catches: `torch.arange(L) < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
+    # `repeat_interleave`; every answer given the row's first prompt.
     episodes, advantages = make_batch(groups)
     for row in pack_rows(episodes, advantages, micro_batch_tokens):
         assert_same_attention(attend_within(row.runs, len(row.tokens_S), torch.device("cpu")), row, episodes)
@@ -172,7 +172,7 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
 
 @pytest.mark.gpu
 def test_compiled_block_sparse_attention_on_cuda_equals_side_by_side():
-    # Catches: a block mask whose closure still lies on the CPU.
+    # Would catch: a block mask whose closure still lies on the CPU.
     episodes, advantages = make_batch([(131, [40, 90]), (5, [7])])
     (row,) = pack_rows(episodes, advantages, 999)
     generator = torch.Generator().manual_seed(0)

@@ -126,7 +126,7 @@ def test_ragged_rows_in_the_cache_equal_each_row_alone():
 
 @torch.no_grad()
 def test_a_row_of_length_0_is_left_as_it_was():
-    # Catches: `positions_BS = self.lengths_B[...]` -> positions of the longest row, or a length grown by L.
+    # Catches: `positions_BS = self.lengths_B[...]` -> self.lengths_B.max(); `+= lengths_B` -> `+= L`.
     model = random_model()
     tokens_BT = random_tokens(2, 19)
     cache = new_cache(model, 2, 23)
@@ -202,7 +202,7 @@ def assert_same_logits(directory, model):
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000], ids=["one file", "shards"])
 @torch.no_grad()
 def test_what_we_save_loads_in_transformers_and_here(tied, shard_bytes, tmp_path, monkeypatch):
-    # Catches: rope_theta left out of config.json; tie_word_embeddings left out; a shard missing from the index.
+    # Catches: rope_theta written as 10000; tie_word_embeddings left out; a shard missing from the index.
     from transformers import Qwen2ForCausalLM
 
     monkeypatch.setattr(qwen2_model, "MAX_SHARD_BYTES", shard_bytes)

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from countdown_task import RESPONSE_PREFIX, render_prompt
+from countdown_task import RESPONSE_PREFIX, SYSTEM_MESSAGE, render_prompt
 from tokenizer import Tokenizer
 
 QWEN = Path(__file__).parent.parent / "../shared/qwen2.5-tokenizer"
@@ -84,7 +84,7 @@ def test_bytes_that_are_no_utf_8_decode_to_the_replacement_character(qwen, refer
     ids=["user", "system and user", "empty system", "turns", "late system, tool"],
 )  # fmt: skip
 def test_the_chat_is_rendered_like_transformers_renders_it(qwen, reference, messages):
-    # Catches: trim_blocks or lstrip_blocks left out; add_generation_prompt=False.
+    # Catches: add_generation_prompt=False.
     assert qwen.render_chat(messages) == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -98,6 +98,7 @@ def test_the_countdown_prompt_is_transformers_rendering_and_the_opened_answer(qw
     rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == rendered + RESPONSE_PREFIX
     assert prompt.endswith("<think>")
+    assert messages[0]["content"] == SYSTEM_MESSAGE
     assert "[44, 19, 35]" in messages[1]["content"]
     assert "98" in messages[1]["content"]
     assert qwen.encode(prompt) == reference(prompt)["input_ids"]
@@ -218,6 +219,12 @@ def test_a_template_is_given_the_special_tokens_and_what_transformers_gives(tmp_
     directory = write_tokenizer(tmp_path, chat_template=template, eos_token={"content": "<end>"})
     wanted = '<end>|<pad>||{"role": "user", "content": "hi"}|True|013'
     assert Tokenizer.from_pretrained(directory).render_chat(MESSAGES) == wanted
+
+
+# Catches: trim_blocks or lstrip_blocks left out: a block's line leaves no white space behind.
+def test_lines_that_hold_only_a_block_vanish(tmp_path):
+    template = "{% for m in messages %}\n  {% if m.role == 'user' %}\n  {{ m.content }}\n  {% endif %}\n{% endfor %}\nend"
+    assert Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template)).render_chat(MESSAGES) == "  hi\nend"
 
 
 HOSTILE_TEMPLATES = {

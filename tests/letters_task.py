@@ -1,0 +1,11 @@
+"""A task whose reward differs between the answers of an untrained model, so that every step of a test learns something."""
+
+from countdown_task import load_problems, render_prompt
+from data_types import Reward
+
+__all__ = ["load_problems", "render_prompt", "reward_function"]
+
+
+def reward_function(response: str, numbers: list[int], target: int) -> Reward:
+    letters = sum(c.isalpha() for c in response)
+    return Reward(letters / (1 + len(response)), {"answer": float(letters > 20)})

@@ -1,0 +1,246 @@
+import itertools
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import evaluate
+from data_types import Episode, Question, Reward, UpdateStats
+from generate import generate
+from metrics import evaluation_metrics, step_metrics
+from tokenizer import Tokenizer
+from warm_start import make_tokenizer, new_model
+
+ROOT = Path(__file__).parent.parent
+TASK = '''
+from data_types import Reward
+
+def load_problems(data):
+    return [], [{"numbers": [i] * (2 + i % 2)} for i in range(data.test_size)]
+
+def render_prompt(problem, tokenizer):
+    return f"Say something about {problem['numbers']}.\\n<think>"
+
+def reward_function(response, numbers):
+    """By chance: one half of the answers to two numbers, a third of those to three."""
+    answer = float(sum(map(ord, response)) % len(numbers) == 0)
+    return Reward(answer + 0.25, {"answer": answer})
+'''
+PARSE = '''
+def parse_question(text):
+    if not text.isdigit():
+        raise ValueError(f'{text!r} is not a question; write a number, for example "7"')
+    return {"numbers": [int(text), 1]}
+'''
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two model directories with one tokenizer and different random weights."""
+    directory = tmp_path_factory.mktemp("models")
+    for name in ("first", "second"):
+        make_tokenizer(directory / name, ["Say something about [1, 1].\n<think>"] * 20)
+        tokenizer = Tokenizer.from_pretrained(directory / name)
+        with torch.random.fork_rng():
+            torch.manual_seed(len(name))
+            new_model(SimpleNamespace(hidden_size=16, num_layers=1, num_heads=2), tokenizer).save_pretrained(directory / name)
+    return directory
+
+
+@pytest.fixture
+def chance_task(tmp_path, monkeypatch):
+    """The config of a task whose answers succeed by chance, and the overrides that select it."""
+    (tmp_path / "chance_task.py").write_text(TASK)
+    (tmp_path / "asking_task.py").write_text(TASK + PARSE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return ["--config", str(ROOT / "config_tiny.yaml"), "task=chance_task", "data.test_size=13", "training.max_gen_len=23"]
+
+
+def count_again(answers: list[dict], k: int) -> tuple[float, float]:
+    """Success rate and pass@k, counted the long way: over every choice of k answers to each question."""
+    questions = [[a["success"] for a in group] for _, group in itertools.groupby(answers, key=lambda a: a["question"])]
+    chosen = [fmean(any(choice) for choice in itertools.combinations(outcomes, k)) for outcomes in questions]
+    return fmean(a["success"] for a in answers), fmean(chosen)
+
+
+# ---------------------------------------------------------------- held-out questions
+
+
+def test_the_report_agrees_with_a_count_over_its_own_json(models, chance_task, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert evaluate.main([str(models / "first"), str(models / "second"), *chance_task, "--samples", "5", "--json", str(out)]) == 0
+    shown, report = capsys.readouterr().out, json.loads(out.read_text())
+    for model in report["models"]:
+        answers = model["answers"]
+        assert [a["question"] for a in answers] == [i for i in range(13) for _ in range(5)]
+        assert all(a["success"] == (a["parts"]["answer"] == 1) == (sum(map(ord, a["text"])) % len(a["problem"]["numbers"]) == 0)
+                   for a in answers)  # fmt: skip
+        for k in (1, 2, 4, 5):  # mutation: pass_at with k and samples swapped
+            success, pass_at_k = count_again(answers, k)
+            assert model["success"] == pytest.approx(success)
+            assert model["pass_at"][str(k)] == pytest.approx(pass_at_k)
+        for size, part in model["by_numbers"].items():  # mutation: group by question number instead
+            of_size = [a["success"] for a in answers if len(a["problem"]["numbers"]) == int(size)]
+            assert part["success"] == pytest.approx(fmean(of_size))
+            assert part["questions"] == len(of_size) / 5 == {"2": 7, "3": 6}[size]
+            assert f"{fmean(of_size):.1%} (" in shown
+        assert model["mean_length"] == pytest.approx(fmean(a["length"] for a in answers))
+        assert model["finished"] == pytest.approx(fmean(a["finished"] for a in answers))
+        assert 0 < model["finished"] < 1, "the test wants answers of both kinds"
+        assert f"{success:.1%} ({model['success_low']:.1%} … {model['success_high']:.1%})" in shown
+    first, second = ([a["success"] for a in model["answers"]] for model in report["models"])
+    differences = [sum(second[i : i + 5]) - sum(first[i : i + 5]) for i in range(0, 65, 5)]
+    assert report["comparison"]["difference"] == pytest.approx(sum(differences) / 65)  # mutation: first minus second
+    assert report["comparison"]["questions_better"] == sum(d > 0 for d in differences)
+    assert f"p = {report['comparison']['p']:.2g}" in shown
+
+
+def test_every_model_gets_the_same_random_numbers(models, chance_task, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert evaluate.main([str(models / "first"), str(models / "first"), *chance_task, "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["models"][0] == report["models"][1]  # mutation: one generator for both models
+    assert report["comparison"] == {"difference": 0.0, "questions_better": 0, "questions_worse": 0, "p": 1.0}
+    assert "difference +0.0%: better on 0 questions, worse on 0, p = 1 " in capsys.readouterr().out
+
+
+def test_a_run_stands_for_its_newest_whole_checkpoint_and_brings_its_config(models, tmp_path, chance_task, capsys):
+    run = tmp_path / "run"
+    for step, source in ((3, "first"), (20, "second"), (100, "second")):
+        checkpoint = run / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        for file in (models / source).iterdir():
+            (checkpoint / file.name).write_bytes(file.read_bytes())
+        (checkpoint / "complete.json").write_text(json.dumps({f.name: f.stat().st_size for f in checkpoint.iterdir()}))
+    (run / "checkpoints" / "step-000100" / "model.safetensors").write_bytes(b"cut")
+    config = yaml.safe_load((ROOT / "config_tiny.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"task": "chance_task"}))
+    small = ["data.test_size=2", "training.max_gen_len=3"]
+    assert evaluate.main([str(run), *small]) == 0
+    assert str(run / "checkpoints" / "step-000020") in capsys.readouterr().out
+    assert evaluate.main([str(run / "checkpoints" / "step-000003"), *small]) == 0  # a checkpoint knows its run's config too
+    assert evaluate.main([str(models / "first"), str(run), *small]) == 0  # and so does a run beside a model that knows none
+
+
+# ---------------------------------------------------------------- one question
+
+
+def test_the_stream_is_what_generate_draws(models):
+    tokenizer = Tokenizer.from_pretrained(models / "first")
+    model = evaluate.Transformer.from_pretrained(models / "first", device="cpu", dtype=torch.float32)
+    ended = set()
+    for seed in range(7):
+        prompt = tokenizer.encode(f"Say something {seed}.\n<think>")
+        samples, _ = generate(model, [prompt], num_answers=1, max_gen_len=61, temperature=1.0, vocab_size=tokenizer.vocab_size,
+                              stop_ids=tokenizer.stop_ids, generator=torch.Generator().manual_seed(seed))
+        drawn = list(evaluate.stream(model, tokenizer, Question("", prompt, {}), max_gen_len=61,
+                                     generator=torch.Generator().manual_seed(seed)))
+        ids = samples[0].token_ids
+        assert drawn == (ids[:-1] if samples[0].is_finished else ids)  # mutation: feed the prompt again instead of the new token
+        ended.add(samples[0].is_finished)
+    assert ended == {True, False}, "the test wants answers of both kinds"
+
+
+def test_ask_prints_whole_characters_one_after_another_and_the_verdict(models, chance_task, monkeypatch, capsys):
+    text = "né 🙂 \x1b[31m\u202e</think>"
+    ids = Tokenizer.from_pretrained(models / "first").encode(text)
+    assert len(ids) > len(text), "the test wants characters that are spread over tokens"
+    monkeypatch.setattr(evaluate, "stream", lambda *_, **__: iter(ids))
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *values, end="\n", **_: pieces.append(" ".join(values) + end))
+    assert evaluate.main([str(models / "first"), *chance_task, "task=asking_task", "training.max_gen_len=400", "--ask", "7"]) == 0
+    shown = "".join(pieces)
+    reward = 0.25 + (sum(map(ord, text)) % 2 == 0)
+    assert shown.startswith("<think>né 🙂 \\x1b[31m\\u202e</think>\n")  # mutation: no printable(): a model writes to the terminal
+    assert "\N{REPLACEMENT CHARACTER}" not in shown  # mutation: whole_characters returns its text as it is
+    assert shown.endswith(f"reward {reward:g} (answer {reward - 0.25:g})\n")
+    assert len(pieces) > 20, "it comes as it is drawn"
+
+
+def test_ask_says_when_an_answer_was_cut_off(models, chance_task, capsys):
+    assert evaluate.main([str(models / "first"), *chance_task, "task=asking_task", "training.max_gen_len=1", "--ask", "7"]) == 0
+    assert capsys.readouterr().out.endswith("; cut off after 1 tokens (training.max_gen_len)\n")
+
+
+# ---------------------------------------------------------------- samples
+
+
+def write_samples(run: Path) -> None:
+    run.mkdir()
+    with open(run / "samples.jsonl", "w") as file:
+        for advantage, text in ((1.5, "good\n\x1b[2J"), (-0.5, "bad"), (0.0, "neither")):
+            file.write(json.dumps({
+                "step": 7, "kind": "best", "question": "What?\n<think>", "text": text, "reward": 1.1, "advantage": advantage,
+                "parts": {"answer": 1.0, "format": 0.0}, "length": 3, "finished": advantage != 0,
+            }) + "\n")  # fmt: skip
+
+
+def test_samples_are_coloured_by_advantage_on_a_terminal_only(tmp_path, monkeypatch, capsys):
+    write_samples(tmp_path / "run")
+    assert evaluate.main([str(tmp_path / "run"), "--show"]) == 0
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain
+    assert "good\n\\x1b[2J" in plain
+    assert "step 7, best: reward 1.1 (answer 1, format 0); advantage +1.50, 3 tokens\nWhat?" in plain
+    assert "advantage +0.00, 3 tokens, cut off" in plain
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert evaluate.main([str(tmp_path / "run"), "--show"]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[32mgood" in coloured
+    assert "\x1b[31mbad" in coloured
+    assert "\nneither" in coloured
+    assert re.sub(r"\x1b\[[0-9]+m", "", coloured) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert evaluate.main([str(tmp_path / "run"), "--show"]) == 0
+    assert capsys.readouterr().out == plain
+
+
+# ---------------------------------------------------------------- errors, names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "neither a model directory .* nor a run"),
+        (["nowhere", "--show"], "no samples.jsonl"),
+        (["{model}", "{model}", "{model}"], "3 models were given"),
+        (["{model}", "{model}", "--ask", "7"], "2 models were given"),
+        (["{model}", "--samples", "0"], "at least 1"),
+        (["{model}", "--json", "nowhere/report.json"], "there is no directory nowhere"),
+        (["{model}", "--ask", "7"], "task=chance_task has no parse_question"),
+        (["{model}", "task=asking_task", "--ask", "what?"], "'what\\?' is not a question; write a number"),
+        (["{model}", "task=asking_task", "training.max_gen_len=2047", "--ask", "7"], "training.max_gen_len=20"),
+        (["{model}", "data.tset_size=3"], "did you mean data.test_size"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, models, chance_task, capsys):
+    arguments = [argument.format(model=models / "first") for argument in arguments]
+    assert evaluate.main([arguments[0], *chance_task, *arguments[1:]]) == 2
+    shown = capsys.readouterr()
+    assert re.search(message, shown.err)
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert not shown.out
+
+
+def test_a_missing_gpu_is_named(models, chance_task, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluate.main([str(models / "first"), *chance_task, "model.device=cuda"]) == 2
+    assert "add model.device=cpu" in capsys.readouterr().err
+
+
+def test_every_metric_stands_in_the_docs():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    episodes = [Episode(0, [1], [2], [-1.0], True, "", Reward(r, {"answer": r, "format": r, "error": r})) for r in (0.0, 1.0)]
+    stats = UpdateStats(loss=0.0, grad_norm=0.0, num_tokens=2, skipped="a reason")
+    names = {*step_metrics(episodes, stats, learning_rate=1e-3, num_answers=2), *evaluation_metrics(episodes)}
+    train = (ROOT / "train.py").read_text()  # the timings are named where they are taken
+    names |= set(re.findall(r'"((?:seconds|tokens_per_second|memory)/\w+|wasted_row_steps|seconds)":', train))
+    assert len(names) > 35
+    assert not {name for name in names if f"| `{name}`" not in text and f", `{name}`" not in text}

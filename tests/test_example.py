@@ -1,0 +1,161 @@
+import json
+import signal
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+import train
+from examples import gsm8k_task
+from tasks import load_task
+from tokenizer import Tokenizer
+from warm_start import make_tokenizer, new_model
+
+ROOT = Path(__file__).parent.parent
+ROWS = [{"question": f"Ann has {i} apples and buys {i}: how many?", "answer": f"{i} + {i}\n#### {2 * i}"} for i in range(11)]
+
+
+def write_rows(path: Path, rows: list) -> SimpleNamespace:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return SimpleNamespace(path=str(path), test_size=3)
+
+
+# ---------------------------------------------------------------- reward
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("18", "18"), (" 18\n", "18"), ("18.0", "18"), ("18.", "18"), ("-3", "-3"), ("+3", "3"), ("$1,234.50", "1234.5"),
+        ("-$5", "-5"), ("$ 7", "7"), ("0.1", "0.1"), ("1,234,567", "1234567"), ("007", "7"),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_exactly(text, number):
+    assert gsm8k_task.parse_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "$", "eighteen", "18 apples", "1,23", "1,2345", ",5", "1.2.3", "1e3", "inf", "nan", "١٨", "½", "--3", "9" * 31, "1/2",
+     "1_000", "$$5"],
+)  # fmt: skip
+def test_what_is_no_plain_number_is_none(text):
+    assert gsm8k_task.parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "form"),
+    [
+        ("9 + 9 = 18</think>\n<answer>18</answer>", 1, 1),
+        ("</think><answer>$18.00</answer>  \n", 1, 1),
+        ("</think> <answer>18.000000000000000000000000000001</answer>", 0, 1),  # mutation: float() instead of Decimal()
+        ("</think> <answer>17</answer>", 0, 1),
+        ("</think> <answer>17</answer> no, <answer>18</answer>", 1, 0),
+        ("</think> so <answer>18</answer>", 1, 0),
+        ("</think> <answer>18</answer> done", 1, 0),
+        ("<think></think> <answer>18</answer>", 1, 0),
+        ("</think> </think> <answer>18</answer>", 1, 0),
+        ("<answer>18</answer>", 0, 0),  # an answer inside the thinking does not count
+        ("<answer>18</answer></think>", 0, 0),
+        ("</think> <answer>18", 0, 0),
+        ("</think> 18</answer>", 0, 0),
+        ("18", 0, 0),
+        ("", 0, 0),
+        ("</think>" + "<answer>" * 10_000, 0, 0),
+    ],
+)
+def test_the_reward_by_hand(response, answer, form):
+    reward = gsm8k_task.reward_function(response, question="?", number=Decimal(18))
+    assert reward.parts == {"answer": answer, "format": form}
+    assert reward.total == pytest.approx(answer + 0.1 * form)
+
+
+# ---------------------------------------------------------------- problems
+
+
+def test_the_last_rows_are_held_out_and_never_trained_on(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [ROWS[9], *ROWS[:8], "", *ROWS[8:]])
+    training, test = gsm8k_task.load_problems(data)
+    assert [p["number"] for p in test] == [16, 18, 20]
+    assert [p["number"] for p in training] == [0, 2, 4, 6, 8, 10, 12, 14]  # row 9 stands in both and is held out
+
+
+@pytest.mark.parametrize("answer", [42, 42.0, "42", "41 + 1 = 42\n#### 42", "#### $42.0"])
+def test_an_answer_may_be_a_number_or_end_in_one(answer, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"question": "6 * 7?", "answer": answer}])
+    assert gsm8k_task.load_problems(data)[1][-1] == {"question": "6 * 7?", "number": Decimal(42)}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "rows.jsonl, line 12: JSONDecodeError"),
+        ("7", "rows.jsonl, line 12: TypeError"),
+        ({"question": "?"}, "rows.jsonl, line 12: KeyError.'answer'."),
+        ({"question": "?", "answer": "many"}, "line 12: the answer 'many' does not end in a number"),
+        ({"question": 5, "answer": "5"}, "line 12"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        gsm8k_task.load_problems(write_rows(tmp_path / "rows.jsonl", [*ROWS, row]))
+
+
+def test_a_file_that_is_missing_or_too_small_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist; take"):
+        gsm8k_task.load_problems(SimpleNamespace(path=str(tmp_path / "nothing.jsonl"), test_size=3))
+    with pytest.raises(ValueError, match=r"rows\.jsonl has 3 problems, and data\.test_size=3"):
+        gsm8k_task.load_problems(write_rows(tmp_path / "rows.jsonl", ROWS[:3]))
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def test_it_is_a_task_in_one_short_file():
+    assert load_task("examples.gsm8k_task") is gsm8k_task
+    assert len(Path(gsm8k_task.__file__).read_text().splitlines()) < 100
+
+
+@pytest.fixture
+def own_signals():
+    """train.py takes over two signals of its process; this gives them back."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_model_trains_on_it_from_the_command_line_to_the_evaluation(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    problem = {"question": ROWS[0]["question"], "number": Decimal(0)}
+    turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    chat = SimpleNamespace(render_chat=lambda messages: turns.format(messages[0]["content"]))
+    make_tokenizer(tmp_path / "model", [gsm8k_task.render_prompt(problem, chat)] * 20)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    assert gsm8k_task.render_prompt(problem, tokenizer) == gsm8k_task.render_prompt(problem, chat)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        new_model(SimpleNamespace(hidden_size=16, num_layers=1, num_heads=2), tokenizer).save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    assert train.main([
+        "--config", str(ROOT / "config_tiny.yaml"), "task=examples.gsm8k_task", f"output_dir={run}",
+        f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'rows.jsonl'}", "data.test_size=3", "training.max_steps=2",
+        "training.batch_size=8", "training.num_questions_per_batch=4", "training.max_gen_len=29",
+        "training.skip_unfinished_episodes=false",
+    ]) == 0  # fmt: skip
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps, evaluations = [r for r in records if "reward" in r], [r for r in records if "eval/success" in r]
+    assert [r["step"] for r in steps] == [1, 2]
+    assert {"rewards/answer", "rewards/format"} <= steps[0].keys()
+    assert [r["eval/questions"] for r in evaluations] == [3, 3]
+    # evaluate.py gives the figures of the run's last evaluation again, from the checkpoint and the run's own config.
+    # Mutation: another purpose in seeded_generator.
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--json", str(tmp_path / "report.json")]) == 0
+    [model] = json.loads((tmp_path / "report.json").read_text())["models"]
+    for name in ("success", "success_low", "success_high", "reward", "mean_length", "finished", "questions"):
+        assert model[name] == evaluations[-1][f"eval/{name}"]
