@@ -207,7 +207,7 @@ def stream(
     tokens_1L = torch.tensor([prompt], device=weight.device)
     for _ in range(max_gen_len):
         log_probs_1V = log_probs(model.next_token_logits(tokens_1L, cache), 1.0, tokenizer.vocab_size)
-        ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device))
+        ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device), tokenizer.vocab_size)
         if int(ids_1) in tokenizer.stop_ids:
             return
         yield int(ids_1)

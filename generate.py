@@ -55,7 +55,7 @@ def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
     return F.log_softmax(logits_PV, dim=-1)
 
 
-def sample(log_probs_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one id a row by inverting the cumulative distribution at uniform_R in [0, 1).
 
     One uniform a row instead of one exponential an entry, as torch.multinomial draws: a sixth of the time.
@@ -65,7 +65,7 @@ def sample(log_probs_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor, Ten
     entropy_R = -torch.einsum("rv,rv->r", probs_RV, log_probs_RV)
     cdf_RV = probs_RV.cumsum_(dim=-1)
     ids_R1 = torch.searchsorted(cdf_RV, uniform_R[:, None] * cdf_RV[:, -1:], right=True)
-    ids_R1.clamp_(max=log_probs_RV.shape[1] - 1)
+    ids_R1.clamp_(max=vocab_size - 1)  # a parallel sum need not be monotone: its last steps may reach past the last token
     return ids_R1[:, 0], log_probs_RV.gather(1, ids_R1)[:, 0], entropy_R
 
 
@@ -211,7 +211,9 @@ class _Decoder:
         logits_RV = self.model.next_token_logits(self.tokens_R[:rows, None], self.cache, lengths_B=active_R.long())
         columns_R = self.lengths_A[answers_R]
         uniform_R = self.uniforms_AG[answers_R, columns_R]
-        ids_R, logprobs_R, entropies_R = sample(log_probs(logits_RV, self.temperature, self.vocab_size), uniform_R)
+        ids_R, logprobs_R, entropies_R = sample(
+            log_probs(logits_RV, self.temperature, self.vocab_size), uniform_R, self.vocab_size
+        )
         self.ids_AG[answers_R, columns_R] = ids_R
         self.logprobs_AG[answers_R, columns_R] = logprobs_R
         self.entropies_AG[answers_R, columns_R] = entropies_R

@@ -59,6 +59,9 @@ class Qwen2Config:
             raise FileNotFoundError(f"{path} does not exist; a model directory holds a config.json") from None
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); fetch the model again") from None
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(n) or {}, dict) for n in ("rope_parameters", "rope_scaling")):
+            raise ValueError(f"{path} is not a model's config; fetch the model again")
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
         rope = raw.get("rope_parameters") or {}
         scaling = raw.get("rope_scaling") or rope
         refusals = {
@@ -66,20 +69,21 @@ class Qwen2Config:
             "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
             "use_sliding_window": (bool(raw.get("use_sliding_window", False)), False),
             "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
-            "head_dim": (
-                raw.get("head_dim") or raw.get("hidden_size", 0) // (raw.get("num_attention_heads") or 1),
-                raw.get("hidden_size", 0) // (raw.get("num_attention_heads") or 1),
-            ),
         }
         for name, (got, wanted) in refusals.items():
             if got != wanted:
                 raise ValueError(f"{path}: {name}={got!r} is not supported, only {wanted!r}; use a dense Qwen2.5 model")
         raw.setdefault("rope_theta", rope.get("rope_theta"))
         raw.setdefault("tie_word_embeddings", False)
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
         missing = [n for n, f in cls.__dataclass_fields__.items() if raw.get(n) is None and not n.endswith("token_id")]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; fetch the model again")
+        for name, kind in cls.__annotations__.items():
+            if kind is int and not (type(raw.get(name)) is int and raw[name] > 0):
+                raise ValueError(f"{path}: {name}={raw.get(name)!r} must be a positive integer; fetch the model again")
+        head_dim = raw["hidden_size"] // raw["num_attention_heads"]
+        if raw.get("head_dim") not in (None, head_dim):
+            raise ValueError(f"{path}: head_dim={raw['head_dim']} is not supported, only {head_dim}; use a dense Qwen2.5 model")
         return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__})
 
     def to_json(self, path: str | Path, dtype: torch.dtype) -> None:
@@ -118,18 +122,18 @@ def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     return x_BHSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
 
 
-def project(x_PE: Tensor, weight_OE: Tensor) -> Tensor:
-    """x W^T, (P, O). For the few rows of a decode step in bf16 the CPU takes W x^T, in two thirds of the time: it
+def project(x_PE: Tensor, weight_OE: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b, (P, O). For the few rows of a decode step in bf16 the CPU takes W x^T, in two thirds of the time: it
     rearranges the second factor for its dot-product instructions, and x is the small one."""
     if x_PE.device.type == "cpu" and x_PE.dtype == torch.bfloat16 and len(x_PE) <= FEW_ROWS and not torch.is_grad_enabled():
-        return torch.mm(weight_OE, x_PE.t()).t().contiguous()
-    return F.linear(x_PE, weight_OE)
+        out_PO = torch.mm(weight_OE, x_PE.t()).t().contiguous()
+        return out_PO if bias_O is None else out_PO + bias_O
+    return F.linear(x_PE, weight_OE, bias_O)
 
 
 class Linear(nn.Linear):
     def forward(self, x_BSE: Tensor) -> Tensor:
-        out_BSO = project(x_BSE.flatten(0, 1), self.weight).unflatten(0, x_BSE.shape[:2])
-        return out_BSO if self.bias is None else out_BSO + self.bias
+        return project(x_BSE.flatten(0, 1), self.weight, self.bias).unflatten(0, x_BSE.shape[:2])
 
 
 class Attention(nn.Module):
@@ -353,6 +357,8 @@ class Transformer(nn.Module):
         """Write model.safetensors (or shards of at most 5 GB and their index) and config.json in the published format."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("model*.safetensors*"):  # an old index would win over a new single file
+            stale.unlink()
         shards, room = [{}], MAX_SHARD_BYTES
         for name, parameter in self.named_parameters():
             if parameter.nbytes > room and shards[-1]:

@@ -63,7 +63,7 @@ def test_draws_have_the_distribution():
     draws = 100_000
     log_probs_RV = log_probs(logits_V.repeat(draws, 1), 1.3, 9)
     uniform_R = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    ids_R, logprobs_R, entropy_R = sample(log_probs_RV.clone(), uniform_R)
+    ids_R, logprobs_R, entropy_R = sample(log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1])
     probs_V = torch.softmax(logits_V[:9].double() / 1.3, dim=0)
     statistic, threshold = chi_square(torch.bincount(ids_R, minlength=11).tolist(), [*probs_V.tolist(), 0, 0])
     assert statistic < threshold
@@ -78,7 +78,7 @@ def test_the_ends_of_the_uniform_draw_possible_ids(uniform):
     generator = torch.Generator().manual_seed(0)
     logits_RV = 3 * torch.randn(500, 997, generator=generator)
     logits_RV[:, :3] = -1e30
-    ids_R, logprobs_R, _ = sample(log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform))
+    ids_R, logprobs_R, _ = sample(log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform), 977)
     assert (ids_R >= 3).all()
     assert (ids_R < 977).all()
     assert (logprobs_R > -100).all()

@@ -49,7 +49,7 @@ def assert_equal(got, wanted):
 
 def test_float32_equals_torch():
     # Catches: eps inside the square root; `(1 - self.lr * self.weight_decay)` dropped or coupled; a bias correction
-    # dropped; `1 - beta2` -> `1 - beta1`.
+    # dropped; `1 - beta2` -> `1 - beta1`; `offset += p.numel()` dropped, so that parameters share their moments.
     ours, theirs = random_params(), random_params()
     optimizer, reference = AdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
     for step in range(20):
@@ -134,7 +134,7 @@ def test_a_fresh_master_is_the_bf16_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1, 5, 77, 1000])
 def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
-    # Catches: `yield offset + start` -> `yield offset`; `offset += p.numel()` dropped.
+    # Catches: `yield offset + start` -> `yield offset`.
     whole, parts = random_params(dtype), random_params(dtype)
     wanted = AdamW(whole, **SETTINGS)
     wanted_changes = take_steps(wanted, whole, range(4))
@@ -208,6 +208,8 @@ def test_share_of_changed_weights_in_bf16_by_hand():
     assert optimizer.step() == (0.25, 0.5)
     weights.grad = None
     assert optimizer.step() == (0.25, 0.5)
+    optimizer.lr = 0.0
+    assert optimizer.step() == (0.0, 0.0)  # though the first master lies between two bf16 values by now
 
 
 # --- state
