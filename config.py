@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class TrainingConfig:
     ckpt_save_interval: int = bounded(at_least=1)  # steps between checkpoints; there is one more at the end
     keep_checkpoints: int = bounded(at_least=1)  # the newest so many stay on the disk
     max_skipped_steps: int = bounded(at_least=1)  # so many steps in a row with a non-finite number end the run
-    reward_timeout: float = bounded(above=0.0)  # seconds an answer's reward may take
+    reward_timeout: float = bounded(above=0.0, at_most=3600.0)  # seconds an answer's reward may take
     reward_errors: str = bounded(one_of=("stop", "zero"))  # a reward that raises or hangs: end the run, or score the answer 0
 
 
@@ -98,8 +99,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         if not separator:
             raise ValueError(f"{override!r} is not an override; write key.path=value, for example training.learning_rate=5e-6")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{override!r}: the value is not YAML ({error})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -109,17 +110,29 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return config
 
 
-def _read_yaml(path: Path) -> dict:
+class _Loader(yaml.SafeLoader):
+    """PyYAML would keep the last of two equal keys and say nothing."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
+    if path.resolve() in extended_by:
+        raise ValueError(f"{path} extends itself, by way of {', '.join(p.name for p in extended_by)}; remove one `extends:`")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; the repository has config.yaml and config_tiny.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not key: value lines")
     if "extends" in raw:
-        raw = _merge(_read_yaml(path.parent / str(raw.pop("extends"))), raw)
+        raw = _merge(_read_yaml(path.parent / str(raw.pop("extends")), (*extended_by, path.resolve())), raw)
     return raw
 
 
@@ -156,13 +169,13 @@ def _check(value: Any, kind: Any, bounds: dict, name: str):
         if not isinstance(value, list) or not value:
             raise ValueError(f"{name}={value!r} must be a list, for example [{bounds['at_least']}]")
         return [_check(item, typing.get_args(kind)[0], bounds, name) for item in value]
-    if kind is float and isinstance(value, str):  # YAML reads 1e-6, without a point, as text
-        with contextlib.suppress(ValueError):
+    if kind is float and type(value) in (str, int):  # YAML reads 1e-6, without a point, as text
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; wanted a {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
     tests = {
         "at_least": lambda b: value >= b, "at_most": lambda b: value <= b,
         "above": lambda b: value > b, "below": lambda b: value < b, "one_of": lambda b: value in b,
@@ -179,7 +192,7 @@ def _check_combinations(config: Config) -> None:
     answers, questions = training.batch_size, training.num_questions_per_batch
     if answers % questions:
         raise ValueError(f"training.batch_size={answers} must be a multiple of training.num_questions_per_batch={questions}; "
-                         f"the nearest is {max(2 * questions, answers // questions * questions)}")
+                         f"the nearest is {questions * max(2, round(answers / questions))}")
     if answers == questions:
         raise ValueError(f"training.batch_size={answers} makes groups of one answer, which have nothing to compare with; "
                          f"set it to {8 * questions}, or lower training.num_questions_per_batch")

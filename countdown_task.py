@@ -67,16 +67,14 @@ def _is_well_formed(response: str) -> bool:
     if not (rest.startswith("<answer>") and rest.endswith("</answer>")):
         return False
     answer = rest.removeprefix("<answer>").removesuffix("</answer>")
-    return len(rest) >= len("<answer></answer>") and not any(tag in thinking or tag in answer for tag in TAGS)
+    return not any(tag in thinking or tag in answer for tag in TAGS)
 
 
 def _last_answer(response: str) -> str | None:
     """Contents of the last <answer>…</answer> after the first </think>: an answer inside the thinking does not count."""
     _, _, rest = response.partition("</think>")
-    answer, position = None, 0
-    while (start := rest.find("<answer>", position)) >= 0 and (end := rest.find("</answer>", start)) >= 0:
-        answer, position = rest[start + len("<answer>") : end], end + len("</answer>")
-    return answer
+    start = rest.rfind("<answer>", 0, max(0, rest.rfind("</answer>")))
+    return None if start < 0 else rest[start + len("<answer>") : rest.find("</answer>", start)]
 
 
 def _is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
@@ -94,7 +92,7 @@ def _is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
 
 def _tokenize(expression: str) -> list[int | str]:
     tokens, position = [], 0
-    expression = expression.strip()
+    expression = expression.rstrip(" \t\n\r\f\v")
     while position < len(expression):
         match = TOKEN.match(expression, position)
         if match is None:
@@ -186,7 +184,11 @@ def load_problems(data) -> tuple[Sequence[dict], Sequence[dict]]:
                          "lower data.test_size")
     test = rows[-data.test_size :]
     held_out = {_key(problem) for problem in test}
-    return [problem for problem in rows[: -data.test_size] if _key(problem) not in held_out], test
+    train = [problem for problem in rows[: -data.test_size] if _key(problem) not in held_out]
+    if not train:
+        raise ValueError(f"{data.path}: every problem reads like one of the last data.test_size={data.test_size}; "
+                         "lower it, or add problems")
+    return train, test
 
 
 class SyntheticProblems(Sequence):
@@ -199,6 +201,7 @@ class SyntheticProblems(Sequence):
         return SYNTHETIC_TRAIN_SIZE
 
     def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
         rng = random.Random(f"{self._seed}/{index}")
         for _ in range(10_000):
             problem = self._draw(rng)
@@ -235,20 +238,25 @@ def _read_rows(path: Path) -> list[dict]:
     rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
     if not rows:
         raise ValueError(f"{path} holds no problems")
-    for i, (nums, target) in enumerate(rows):
+    for place, nums, target in rows:
         if not (isinstance(nums, list) and nums and all(type(n) is int for n in nums) and type(target) is int):
-            raise ValueError(f"{path}, row {i + 1}: nums={nums!r}, target={target!r}; wanted a list of integers and an integer")
-    return [{"numbers": nums, "target": target} for nums, target in rows]
+            raise ValueError(f"{path}, {place}: nums={nums!r}, target={target!r}; wanted a list of integers and an integer")
+    return [{"numbers": nums, "target": target} for _, nums, target in rows]
 
 
 def _read_jsonl(path: Path) -> list[tuple]:
+    """(where it stands, nums, target) of each line."""
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); write it anew") from None
+    for i, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                rows.append((row["nums"], row["target"]))
-            except (ValueError, KeyError, TypeError) as error:
+                rows.append((f"line {i}", row["nums"], row["target"]))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'{path}, line {i}: {error!r}; wanted {{"nums": [3, 5, 7], "target": 22}}') from None
     return rows
 
@@ -267,5 +275,6 @@ def _read_parquet(path: Path) -> list[tuple]:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} is not a parquet file with the columns nums and target ({error}); "
                              "fetch the dataset again") from None
-        rows += zip(table["nums"].to_pylist(), table["target"].to_pylist(), strict=True)
+        places = (f"{file.name}, row {i}" for i in range(1, len(table) + 1))
+        rows += zip(places, table["nums"].to_pylist(), table["target"].to_pylist(), strict=True)
     return rows

@@ -107,8 +107,8 @@ def generate(
         cache_bytes = default_cache_bytes(weight.device, config.vocab_size, answers)
     stats.slots = min(cache_bytes // row_bytes, answers)
     if stats.slots < 1:
-        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes {row_bytes:,}; "
-                         "raise the budget, or lower max_gen_len")
+        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes "
+                         f"{row_bytes:,}; raise the budget, or lower max_gen_len")
     clock = time.perf_counter()
     decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
                        vocab_size=vocab_size, stop_ids=stop_ids, generator=generator, slots=stats.slots)

@@ -55,19 +55,29 @@ def guard_reward(reward_function: Callable[..., Reward], *, timeout: float, erro
         try:
             with _time_limit(timeout):
                 reward = reward_function(response, **problem)
-            if not isinstance(reward, Reward) or not isinstance(reward.total, int | float):
-                raise TypeError(f"it returned {reward!r}, not a Reward")
+            if not isinstance(reward, Reward) or not isinstance(reward.parts, dict):
+                raise TypeError(f"it returned {reward!r}, not a Reward with its parts")
+            if not all(isinstance(number, int | float) for number in (reward.total, *reward.parts.values())):
+                raise TypeError(f"it returned {reward!r}, in which something is no number")
             return reward
         except (Exception, _TimeUp) as error:
             if errors == "zero":
                 return Reward(0.0, {"error": 1.0})
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = _line_in_task(reward_function, error)
             what = f"took over {timeout} s" if isinstance(error, _TimeUp) else f"raised {error!r}"
-            raise ValueError(f"the reward function {what} ({frame.filename}:{frame.lineno}) on the question {problem!r:.300} "
+            raise ValueError(f"the reward function {what} ({where}) on the question {problem!r:.300} "
                              f"and the answer {response!r:.300}; mend it, or count such answers as 0 with "
                              "training.reward_errors=zero") from None
 
     return guarded
+
+
+def _line_in_task(reward_function: Callable, error: BaseException) -> str:
+    """file:line at which the task's own code was when the error came up."""
+    code = getattr(reward_function, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code is None or frame.filename == code.co_filename]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """Text to token ids and back, the model's own chat template, and the ids that end an answer."""
 
 import json
-import shutil
 from pathlib import Path
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer as FastTokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -22,12 +21,14 @@ class Tokenizer:
 
     def __init__(self, directory: Path, fast: FastTokenizer, settings: dict, stop_ids: frozenset[int], template: str):
         self._directory, self._fast, self._settings = directory, fast, settings
+        # Kept, because a resumed run reads them from a checkpoint that it will remove.
+        self._files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
         self.stop_ids = stop_ids
         self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
         pad_id = fast.token_to_id(_content(settings.get("pad_token")))
         self.pad_id = min(stop_ids) if pad_id is None else pad_id
         # A chat template is code from whoever published the model: the sandbox lets it format, and nothing else.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _raise_template_error
         try:
@@ -78,9 +79,14 @@ class Tokenizer:
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the tokenizer's files as they were published."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (self._directory / name).exists():
-                shutil.copyfile(self._directory / name, Path(directory) / name)
+        for name, content in self._files.items():
+            (Path(directory) / name).write_bytes(content)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj, attribute):
+        """An attribute out of bounds ends the rendering; jinja2 alone would print it as nothing."""
+        raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
 
 
 def _stop_ids(directory: Path, fast: FastTokenizer, settings: dict) -> frozenset[int]:
@@ -89,7 +95,7 @@ def _stop_ids(directory: Path, fast: FastTokenizer, settings: dict) -> frozenset
     if ids is None:
         ids = fast.token_to_id(_content(settings.get("eos_token")))
     ids = frozenset([ids] if isinstance(ids, int) else ids or [])
-    if not ids or not all(isinstance(i, int) and fast.id_to_token(i) is not None for i in ids):
+    if not ids or not all(isinstance(i, int) and i >= 0 and fast.id_to_token(i) is not None for i in ids):
         raise ValueError(f"{directory}: stop ids {sorted(ids, key=str)} are not in the tokenizer; set eos_token_id in "
                          "generation_config.json, or eos_token in tokenizer_config.json")
     return ids

@@ -3,14 +3,14 @@
 It plays the part that pretraining plays for Qwen2.5-3B: afterwards the model writes the format, calculates and judges
 its own attempts honestly, but gives up too early to win often. That last habit is what GRPO then changes.
 
-The traces it imitates try one expression after another,
+The traces it imitates go through the possible expressions in one order, pass some over, and often give up:
 
-     3 + 5 = 8, 8 * 7 = 56, want 6: no
-     7 - 5 = 2, 2 * 3 = 6, want 6: yes</think>
-    <answer>(7 - 5) * 3</answer>
+     3 + 5 = 8, 8 + 7 = 15, want 6: no
+     3 + 5 = 8, 8 - 7 = 1, want 6: no, I give up</think>
+    <answer>(3 + 5) - 7</answer>
 
-and, as often as not, end in ", I give up" instead. They come from training questions only. Writing the target beside
-the value makes the verdict a comparison of neighbours: without it the model says "yes" to one wrong value in six.
+They come from training questions only. Writing the target beside the value makes the verdict a comparison of
+neighbours: without it the model said "yes" to one wrong value in six.
 
 """
 
@@ -18,7 +18,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -39,8 +38,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-PERSISTENCE = 0.7  # probability of one more failing attempt before a trace hits or gives up
-HIT_SHARE = 0.5  # of the traces; the rest give up
+GIVE_UP = 0.3  # probability that a trace ends after a failing attempt
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW
 TRACES_PER_QUESTION = 8
@@ -90,46 +88,41 @@ class _PromptRenderer:
 
 
 def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Random) -> str:
-    """A response: some failing attempts, then one that hits, or none."""
-    hits = [a for a in attempts if a[2] == target]
-    failures = [a for a in attempts if a[2] != target]
-    succeeds = rng.random() < HIT_SHARE
-    count = 0 if succeeds else 1
-    while count < len(failures) and rng.random() < PERSISTENCE:
-        count += 1
-    tried = rng.sample(failures, count)
-    lines = [f" {working}, want {target}: no" for _, working, _ in tried]
-    if succeeds:
-        answer, working, _ = rng.choice(hits)
-        lines.append(f" {working}, want {target}: yes")
-    else:
-        answer = tried[-1][0]
-        lines[-1] += ", I give up"
-    return "\n" + "\n".join(lines) + f"</think>\n<answer>{answer}</answer>"
+    """A response that goes through the attempts in their order, passing some over, until one hits or it gives up."""
+    care, text, answer = rng.uniform(0.5, 1.0), "", ""
+    while not answer:
+        for expression, working, value in attempts:
+            if rng.random() < care:
+                answer, hit = expression, value == target
+                text += f"\n {working}, want {target}: {'yes' if hit else 'no'}"
+                if hit or rng.random() < GIVE_UP:
+                    break
+    return f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
 
 
 def all_attempts(numbers: list[int]) -> list[tuple[str, str, int]]:
-    """(expression, its working, value) of each way to combine three numbers in whole steps."""
-    attempts = {}
-    for a, b, c in permutations(numbers):
-        for first in "+-*/":
-            inner = _apply(a, first, b)
-            if inner is None:
-                continue
-            working = f"{a} {first} {b} = {inner}"
-            for second in "+-*/":
-                if (outer := _apply(inner, second, c)) is not None:
-                    attempts[f"({a} {first} {b}) {second} {c}"] = (f"{working}, {inner} {second} {c} = {outer}", outer)
-                if second in "-/" and (outer := _apply(c, second, inner)) is not None:
-                    attempts[f"{c} {second} ({a} {first} {b})"] = (f"{working}, {c} {second} {inner} = {outer}", outer)
-    return [(expression, working, value) for expression, (working, value) in attempts.items()]
+    """(expression, its working, value) of each way to combine three numbers in whole steps, always in the same order."""
+    attempts = []
+    for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+        for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j]):
+            working = f"{inner} = {inner_value}"
+            for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k]):
+                expression, step = outer.replace("?", f"({inner})"), outer.replace("?", str(inner_value))
+                attempts.append((expression, f"{working}, {step} = {value}", value))
+    return attempts
 
 
-def _apply(a: int, operator: str, b: int) -> int | None:
-    if operator == "/":
-        return a // b if b and a % b == 0 else None
-    value = {"+": a + b, "-": a - b, "*": a * b}[operator]
-    return value if 0 <= value <= MAX_VALUE else None
+def _results(a: str, a_value: int, b: str, b_value: int) -> Iterator[tuple[str, int]]:
+    """The ways to combine two numbers whose result is a whole number of 0..MAX_VALUE, as (text, value)."""
+    if b_value > a_value:
+        large, small, difference = b, a, b_value - a_value
+    else:
+        large, small, difference = a, b, a_value - b_value
+    candidates = [(f"{a} + {b}", a_value + b_value), (f"{large} - {small}", difference), (f"{a} * {b}", a_value * b_value)]
+    low, high = sorted((a_value, b_value))
+    if low and high % low == 0:
+        candidates.append((f"{large} / {small}", high // low))
+    return ((text, value) for text, value in candidates if value <= MAX_VALUE)
 
 
 def make_tokenizer(directory: Path, texts: list[str]) -> None:

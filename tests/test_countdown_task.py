@@ -569,13 +569,13 @@ BAD_JSONL = {  # text, test_size -> what the message holds
     "cut in the middle": (GOOD * 2 + GOOD[:15], 1, ["line 3"]),
     "a list": (GOOD + "[1, 2, 3]\n", 1, ["line 2"]),
     "a number": ("3\n" + GOOD, 1, ["line 1"]),
-    "a float among the numbers": (GOOD + '{"nums": [1, 2.0], "target": 3}\n', 1, ["row 2", "2.0", "integers"]),
-    "a float as target": (GOOD + '{"nums": [1, 2], "target": 3.0}\n', 1, ["row 2", "3.0", "integer"]),
-    "text as target": (GOOD + '{"nums": [1, 2], "target": "3"}\n', 1, ["row 2", "'3'", "integer"]),
-    "text as numbers": (GOOD + '{"nums": "1,2", "target": 3}\n', 1, ["row 2", "'1,2'", "integers"]),
-    "a truth value": (GOOD + '{"nums": [1, true], "target": 3}\n', 1, ["row 2", "True", "integers"]),
-    "no numbers": (GOOD + '{"nums": [], "target": 3}\n', 1, ["row 2", "[]"]),
-    "null": (GOOD + '{"nums": null, "target": 3}\n', 1, ["row 2", "None"]),
+    "a float among the numbers": (GOOD + '{"nums": [1, 2.0], "target": 3}\n', 1, ["line 2", "2.0", "integers"]),
+    "a float as target": (GOOD + '{"nums": [1, 2], "target": 3.0}\n', 1, ["line 2", "3.0", "integer"]),
+    "text as target": (GOOD + '{"nums": [1, 2], "target": "3"}\n', 1, ["line 2", "'3'", "integer"]),
+    "text as numbers": (GOOD + '{"nums": "1,2", "target": 3}\n', 1, ["line 2", "'1,2'", "integers"]),
+    "a truth value": (GOOD + '{"nums": [1, true], "target": 3}\n', 1, ["line 2", "True", "integers"]),
+    "no numbers": (GOOD + '{"nums": [], "target": 3}\n', 1, ["line 2", "[]"]),
+    "null": (GOOD + '{"nums": null, "target": 3}\n', 1, ["line 2", "None"]),
     "empty": ("", 1, ["no problems"]),
     "blank": ("\n \n", 1, ["no problems"]),
     "all of it held out": (GOOD * 3, 3, ["3 problems", "data.test_size=3", "lower"]),
@@ -627,17 +627,12 @@ def test_holding_out_every_synthetic_problem_is_refused():
         train[0]
 
 
-# ---------------------------------------------------------------- known faults
-
-
-@pytest.mark.xfail(strict=True, reason="nothing is left to train on, and load_problems returns an empty list")
 def test_a_file_with_only_held_out_problems_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "problems.jsonl", [([1, 2], 3), ([2, 1], 3)])
     with pytest.raises(ValueError, match=r"problems\.jsonl"):
         load_problems(data_config(path, test_size=1))
 
 
-@pytest.mark.xfail(strict=True, reason="an index at or beyond len() is answered, so a loop over the problems never ends")
 def test_synthetic_problems_end():
     train, _ = load_problems(data_config("synthetic"))
     assert train[-1] == train[len(train) - 1]
@@ -645,7 +640,6 @@ def test_synthetic_problems_end():
         train[len(train)]
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError passes as it is")
 def test_a_file_that_is_no_utf_8_is_named(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_bytes(GOOD.encode() + b"\xff\n")
@@ -653,14 +647,12 @@ def test_a_file_that_is_no_utf_8_is_named(tmp_path):
         load_problems(data_config(path, test_size=1))
 
 
-@pytest.mark.xfail(strict=True, reason="splitlines() also splits at U+2028, which JSON strings may hold")
 def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"nums": [1, 2], "target": 3, "note": "a\u2028b"}\n{"nums": [4, 5], "target": 9}\n', encoding="utf-8")
     assert len(load_problems(data_config(path, test_size=1))[0]) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the row is counted without the blank lines")
 def test_a_wrong_type_is_named_by_its_line(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text("\n\n" + GOOD + '{"nums": [1, 2.0], "target": 3}\n')
@@ -668,11 +660,9 @@ def test_a_wrong_type_is_named_by_its_line(tmp_path):
         load_problems(data_config(path, test_size=1))
 
 
-@pytest.mark.xfail(strict=True, reason="each of the answers is cut out of the text on the way to the last: 16 ms a megabyte")
 def test_megabytes_of_answers_are_scored_in_time():
     call_within_limit("</think>" + "<answer></answer>" * 120_000)
 
 
-@pytest.mark.xfail(strict=True, reason="a no-break space counts as white space at the ends of C and not inside it")
 def test_white_space_is_the_same_everywhere_in_an_answer():
     assert answer_reward("\u00a01 + 2", [1, 2], 3) == answer_reward("1\u00a0+ 2", [1, 2], 3)

@@ -220,6 +220,7 @@ def test_nothing_of_the_alarm_is_left_behind(reward_function):
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         time.sleep(0.06)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
 
 
@@ -228,10 +229,6 @@ def test_each_answer_has_its_own_time():
     assert [guarded("an answer", **PROBLEM).total for _ in range(10)] == [1.0] * 10
 
 
-# ---------------------------------------------------------------- known faults
-
-
-@pytest.mark.xfail(strict=True, reason="the last frame is taken, which is tasks.py's own where the time is up or no Reward came")
 @pytest.mark.parametrize("reward_function", [sleeps, loops, returns_a_number])
 def test_the_reward_functions_own_file_is_named(reward_function):
     with pytest.raises(ValueError, match="the reward function") as caught:
@@ -239,7 +236,6 @@ def test_the_reward_functions_own_file_is_named(reward_function):
     assert f"({__file__}:" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the last frame is taken, which is a library's where a library raises")
 def test_the_tasks_line_is_named_where_a_library_raises():
     def reward_function(response, **problem):
         return Reward(math.fsum(__import__("fractions").Fraction(c) for c in response), {})
@@ -249,7 +245,6 @@ def test_the_tasks_line_is_named_where_a_library_raises():
     assert f"({__file__}:" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="only the total is checked; the metrics then fail on the parts")
 @pytest.mark.parametrize("parts", [None, [1.0], {"answer": "yes"}, {"answer": None}])
 def test_parts_that_are_no_numbers_are_no_reward(parts):
     guarded = guard_reward(lambda response, **problem: Reward(1.0, parts), timeout=5.0, errors="zero")

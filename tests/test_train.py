@@ -24,7 +24,8 @@ from tests import letters_task
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    "warm_start.hidden_size=32", "warm_start.num_layers=1", "warm_start.num_heads=2", "warm_start.steps=4", "warm_start.batch_size=8",
+    "warm_start.hidden_size=32", "warm_start.num_layers=1", "warm_start.num_heads=2", "warm_start.steps=4",
+    "warm_start.batch_size=8",
     "training.batch_size=12", "training.num_questions_per_batch=4", "training.max_gen_len=24", "training.max_steps=6",
     "training.eval_interval=3", "training.ckpt_save_interval=2", "training.micro_batch_tokens=300", "training.max_skipped_steps=2",
     "training.skip_unfinished_episodes=false", "data.test_size=5", "task=tests.letters_task",
@@ -340,8 +341,7 @@ MODEL_DAMAGE = {
     "config of a larger model": (lambda p: edit_json(p / "config.json", vocab_size=9999), "embed_tokens"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
     "truncated tokenizer": (lambda p: os.truncate(p / "tokenizer.json", 100), "tokenizer.json"),
-    "hostile template": (lambda p: edit_json(p / "tokenizer_config.json", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-                         "template"),
+    "hostile template": (lambda p: edit_json(p / "tokenizer_config.json", chat_template="{{ ''.__class__.__mro__ }}"), "template"),
     "unknown stop id": (lambda p: edit_json(p / "generation_config.json", eos_token_id=[99999]), "stop ids"),
 }  # fmt: skip
 
