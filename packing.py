@@ -102,28 +102,41 @@ def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Att
 
 
 def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
+    """Runs of like length form a batch, so that a long one does not stretch them all."""
+    batches: dict[int, list[Run]] = {}
+    for run in runs:
+        batches.setdefault(run.length.bit_length(), []).append(run)
+    layouts, back_S, offset = [], torch.empty(num_tokens, dtype=torch.long), 0
+    for batch in batches.values():
+        own_GQ, keys_GC, mask_G1QC, real_GQ = _lay_side_by_side(batch)
+        layouts.append((own_GQ, keys_GC, mask_G1QC))
+        back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
+        offset += own_GQ.numel()
+
+    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
+        (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
+        outputs = []
+        for own_GQ, keys_GC, mask_G1QC in layouts:
+            q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
+            k_GHCD, v_GHCD = (x[0][:, keys_GC].transpose(0, 1).repeat_interleave(H // K, dim=1) for x in (k_1KSD, v_1KSD))
+            out_GHQD = F.scaled_dot_product_attention(q_GHQD, k_GHCD, v_GHCD, attn_mask=mask_G1QC)
+            outputs.append(out_GHQD.transpose(0, 1).reshape(1, H, -1, D))
+        return torch.cat(outputs, dim=2)[:, :, back_S]
+
+    return attend
+
+
+def _lay_side_by_side(runs: list[Run]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where a batch of runs finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
     Q, L = max(r.length for r in runs), max(r.prompt_length for r in runs)
     start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(run) for run in runs]).T[:, :, None]
     steps_Q = torch.arange(Q)
     own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a run's end: its last token again, which nobody sees
     prompt_GL = prompt_start_G1 + torch.arange(L).minimum((prompt_length_G1 - 1).clamp(min=0))
-    keys_GC = torch.cat((prompt_GL, own_GQ), dim=1)
     sees_prompt_GQL = (torch.arange(L) < prompt_length_G1)[:, None].expand(-1, Q, -1)
     sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(runs), -1, -1)
     mask_G1QC = torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2)[:, None]
-    back_S = torch.empty(num_tokens, dtype=torch.long)
-    real_GQ = steps_Q < length_G1
-    back_S[own_GQ[real_GQ]] = real_GQ.flatten().nonzero()[:, 0]
-
-    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
-        (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
-        q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
-        k_GKCD, v_GKCD = k_1KSD[0][:, keys_GC].transpose(0, 1), v_1KSD[0][:, keys_GC].transpose(0, 1)
-        k_GHCD, v_GHCD = k_GKCD.repeat_interleave(H // K, dim=1), v_GKCD.repeat_interleave(H // K, dim=1)
-        out_GHQD = F.scaled_dot_product_attention(q_GHQD, k_GHCD, v_GHCD, attn_mask=mask_G1QC)
-        return out_GHQD.transpose(0, 1).reshape(1, H, -1, D)[:, :, back_S]
-
-    return attend
+    return own_GQ, torch.cat((prompt_GL, own_GQ), dim=1), mask_G1QC, steps_Q < length_G1
 
 
 def _attend_block_sparse(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:

@@ -38,7 +38,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-GIVE_UP = 0.3  # probability that a trace ends after a failing attempt
+PERSISTENT = 0.3  # share of the traces that go on to the end; they are long, so most of what is learned is from them
+GIVE_UP = 0.5  # probability that another trace ends after a failing attempt
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW
 TRACES_PER_QUESTION = 8
@@ -89,13 +90,14 @@ class _PromptRenderer:
 
 def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Random) -> str:
     """A response that goes through the attempts in their order, passing some over, until one hits or it gives up."""
-    care, text, answer = rng.uniform(0.5, 1.0), "", ""
+    care, text, answer = rng.uniform(0.7, 1.0), "", ""
+    give_up = 0.0 if rng.random() < PERSISTENT else GIVE_UP
     while not answer:
         for expression, working, value in attempts:
             if rng.random() < care:
                 answer, hit = expression, value == target
                 text += f"\n {working}, want {target}: {'yes' if hit else 'no'}"
-                if hit or rng.random() < GIVE_UP:
+                if hit or rng.random() < give_up:
                     break
     return f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
 
