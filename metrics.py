@@ -7,6 +7,8 @@ import numpy as np
 
 from data_types import Episode, UpdateStats
 
+MISMATCH = 0.1  # nats; bf16 rounding alone stays well below
+
 
 def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: float, num_answers: int) -> dict[str, float]:
     """Everything that a step computed. Statistics of answers are over all of them, unfinished ones included."""
@@ -38,6 +40,20 @@ def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: 
     if stats.skipped:
         metrics |= {"skipped": stats.skipped, "skipped_questions": stats.broken_questions}
     return metrics
+
+
+def smells(recent: list[dict[str, float]]) -> set[str]:
+    """What the last twenty steps' metrics (newest last) suggest is wrong, in words that say what to try."""
+    found = set()
+    if len(recent) == 20 and all(m["frac_reward_zero_std"] == 1 for m in recent):
+        found.add("for 20 steps every group had equal rewards, so nothing was learned: the task is too easy or too hard for this "
+                  "model, or the groups are too small; look at samples.jsonl, and try a larger training.batch_size")
+    if recent[-1]["completions/clipped_ratio"] == 1:
+        found.add("no answer finished: raise training.max_gen_len, or look at samples.jsonl for answers that run in circles")
+    if recent[-1]["sampling/logp_difference_mean"] > MISMATCH:
+        found.add(f"sampler and trainer differ by more than {MISMATCH} nats a token: they no longer are the same policy; try "
+                  "model.dtype=float32, and report it if that does not help")
+    return found
 
 
 def evaluation_metrics(episodes: list[Episode]) -> dict[str, float]:

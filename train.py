@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from statistics import fmean
 
 import torch
 import yaml
@@ -35,7 +36,7 @@ from config import Config, load_config
 from data_types import Question, UpdateStats
 from evaluate import evaluate, seeded_generator
 from grpo import episode_advantages, rollout, update_policy
-from metrics import evaluation_metrics, pick_samples, step_metrics
+from metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from optimizer import AdamW
 from plan import GIB, find_shape, make_plan
 from qwen2_model import Qwen2Config, Transformer
@@ -130,6 +131,7 @@ class Run:
             self._make_base_model(Path(config.model.path))
         self._load(checkpoint or Path(config.model.path), saved)
         self.peaks = {}  # bytes, of the latest rollout and update
+        self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
         self.order = None  # (number of the pass over the training problems, its permutation)
         self.test_questions = [self._question(problem) for problem in test_problems]
         self._check_lengths()
@@ -159,14 +161,16 @@ class Run:
         first, last = self.place["step"], training.max_steps
         print(f"{self.directory}: {sum(p.numel() for p in self.model.parameters()) / 1e6:,.1f} M weights, "
               f"{len(self.train_problems):,} training and {len(self.test_questions)} held-out questions, {last} steps")
-        skipped_in_a_row, started = 0, time.perf_counter()
+        skipped_in_a_row = 0
+        bar = tqdm(desc="run", initial=first, total=last, unit="step", position=1, leave=False, disable=None)
         try:
             for step in range(first + 1, last + 1):
                 if (step - 1) % training.eval_interval == 0:
                     self._evaluate(step - 1)
                 if (step - 1 - first) % 20 == 0:
-                    print("  ".join(f"{column:>{len(form.format(0))}}" for column, (_, form) in CONSOLE.items()))
+                    tqdm.write("  ".join(f"{column:>{len(form.format(0))}}" for column, (_, form) in CONSOLE.items()))
                 stats = self._step(step)
+                bar.update()
                 skipped_in_a_row = skipped_in_a_row + 1 if stats.broken_questions else 0
                 if step % training.ckpt_save_interval == 0 or step == last or skipped_in_a_row == training.max_skipped_steps:
                     self._save()
@@ -174,7 +178,7 @@ class Run:
                     raise RunStopped(f"{skipped_in_a_row} steps in a row were skipped: {stats.skipped} (questions "
                                      f"{stats.broken_questions}); {self.checkpoints} has the weights of the last good step")
                 if step == first + 2:
-                    self._report_cost(time.perf_counter() - started, last - step)
+                    self._report_cost(last - step)
             self._evaluate(last)
         except Interrupted:
             if self.place["step"]:
@@ -186,6 +190,7 @@ class Run:
                              "model.memory_gib, which makes the plan smaller, and --resume. The plan was\n"
                              + self.plan.table()) from None
         finally:
+            bar.close()
             self.log.close()
         self._report_outcome()
         return 0
@@ -223,8 +228,12 @@ class Run:
             "memory/rollout": rollout_cost["peak_bytes"] / GIB, "memory/update": update_cost["peak_bytes"] / GIB,
         })  # fmt: skip
         shown = metrics | {"seconds": seconds}
-        print("  ".join(form.format(shown.get(key, math.nan)) for key, form in CONSOLE.values())
-              + (f"  no step: {stats.skipped}" if stats.skipped else ""), flush=True)
+        tqdm.write("  ".join(form.format(shown.get(key, math.nan)) for key, form in CONSOLE.values())
+                   + (f"  no step: {stats.skipped}" if stats.skipped else ""))
+        self.recent = [*self.recent[-19:], shown]
+        for warning in smells(self.recent) - self.warned:
+            tqdm.write(f"warning: {warning}")
+            self.warned.add(warning)
         self.place |= {"step": step, "log_sizes": self.log.sizes()}
         return stats
 
@@ -238,7 +247,7 @@ class Run:
         metrics = evaluation_metrics(episodes)
         self.log.write("metrics.jsonl", {"step": step} | metrics)
         self.log.write("timings.jsonl", {"step": step, "seconds/evaluation": cost["seconds"]})
-        print(f"step {step}: {_success(metrics)}, mean length {metrics['eval/mean_length']:.0f}", flush=True)
+        tqdm.write(f"step {step}: {_success(metrics)}, mean length {metrics['eval/mean_length']:.0f}")
 
     def _save(self) -> None:
         clock = time.perf_counter()
@@ -246,14 +255,15 @@ class Run:
                         keep=self.config.training.keep_checkpoints)
         self.log.write("timings.jsonl", {"step": self.place["step"], "seconds/checkpoint": time.perf_counter() - clock})
 
-    def _report_cost(self, seconds: float, steps_left: int) -> None:
-        per_step = seconds / 2
-        print(f"about {per_step:.1f} s a step: {steps_left * per_step / 3600:.1f} hours to go")
+    def _report_cost(self, steps_left: int) -> None:
+        """After two steps: what a step takes, and the plan against what was measured."""
+        per_step = fmean(shown["seconds"] for shown in self.recent)
+        tqdm.write(f"about {per_step:.1f} s a step: {steps_left * per_step / 3600:.2f} hours to go")
         if self.config.model.device == "cuda":
             peaks = {"rollout": self.peaks["rollout"], "update": self.peaks["update"]}
             for phase, peak in peaks.items():
                 planned = sum(getattr(self.plan, phase).values())
-                print(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned")
+                tqdm.write(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned")
 
     def _report_outcome(self) -> None:
         with open(self.directory / "metrics.jsonl") as f:
@@ -287,7 +297,7 @@ class Run:
         on_cuda = self.config.model.device == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        with tqdm(desc=name, total=total, unit=unit, leave=False, disable=None) as bar:
+        with tqdm(desc=name, total=total, unit=unit, position=0, leave=False, disable=None) as bar:
 
             def advance(amount: int) -> None:
                 bar.update(amount - bar.n if total else amount)
@@ -363,4 +373,5 @@ def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
     sys.exit(main())

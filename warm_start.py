@@ -3,7 +3,7 @@
 It plays the part that pretraining plays for Qwen2.5-3B: afterwards the model writes the format, calculates and judges
 its own attempts honestly, but gives up too early to win often. That last habit is what GRPO then changes.
 
-The traces it imitates go through the possible expressions in one order, pass some over, and often give up:
+The traces it imitates try expressions at random and, as often as not, give up:
 
      3 + 5 = 8, 8 + 7 = 15, want 6: no
      3 + 5 = 8, 8 - 7 = 1, want 6: no, I give up</think>
@@ -38,8 +38,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-PERSISTENT = 0.3  # share of the traces that go on to the end; they are long, so most of what is learned is from them
-GIVE_UP = 0.5  # probability that another trace ends after a failing attempt
+PERSISTENCE = 0.7  # probability of one more failing attempt before a trace hits or gives up
+HIT_SHARE = 0.5  # of the traces; the rest give up
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW
 TRACES_PER_QUESTION = 8
@@ -89,21 +89,26 @@ class _PromptRenderer:
 
 
 def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Random) -> str:
-    """A response that goes through the attempts in their order, passing some over, until one hits or it gives up."""
-    care, text, answer = rng.uniform(0.7, 1.0), "", ""
-    give_up = 0.0 if rng.random() < PERSISTENT else GIVE_UP
-    while not answer:
-        for expression, working, value in attempts:
-            if rng.random() < care:
-                answer, hit = expression, value == target
-                text += f"\n {working}, want {target}: {'yes' if hit else 'no'}"
-                if hit or rng.random() < give_up:
-                    break
-    return f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
+    """A response: some failing attempts, none twice, then one that hits, or a farewell."""
+    hits = [a for a in attempts if a[2] == target]
+    failures = [a for a in attempts if a[2] != target]
+    succeeds = rng.random() < HIT_SHARE
+    count = 0 if succeeds else 1
+    while count < len(failures) and rng.random() < PERSISTENCE:
+        count += 1
+    tried = rng.sample(failures, count)
+    lines = [f"\n {working}, want {target}: no" for _, working, _ in tried]
+    if succeeds:
+        answer, working, _ = rng.choice(hits)
+        lines.append(f"\n {working}, want {target}: yes")
+    else:
+        answer = tried[-1][0]
+        lines.append(", I give up")
+    return "".join(lines) + f"</think>\n<answer>{answer}</answer>"
 
 
 def all_attempts(numbers: list[int]) -> list[tuple[str, str, int]]:
-    """(expression, its working, value) of each way to combine three numbers in whole steps, always in the same order."""
+    """(expression, its working, value) of each way to combine three numbers in whole steps; a + b and b + a are one."""
     attempts = []
     for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
         for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j]):

@@ -14,6 +14,7 @@ from metrics import (
     paired_p_value,
     pass_at_k,
     pick_samples,
+    smells,
     step_metrics,
     success_counts,
     success_interval,
@@ -259,3 +260,17 @@ def test_the_best_the_worst_and_the_longest_answer_are_kept():
 
 def test_of_equals_the_first_is_kept():
     assert [s["text"] for s in pick_samples([episode(text="a"), episode(text="b")], [0.0, 0.0], ["?"])] == ["a", "a", "a"]
+
+
+def test_a_smell_is_named_with_what_to_try():
+    fine = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.1, "sampling/logp_difference_mean": 1e-3}
+    assert smells([fine] * 20) == set()
+    equal = fine | {"frac_reward_zero_std": 1.0}
+    assert smells([equal] * 19) == smells([equal] * 19 + [fine]) == smells([fine] + [equal] * 19) == set()
+    for changed, wanted in (
+        ([equal] * 20, "training.batch_size"),
+        ([fine, fine | {"completions/clipped_ratio": 1.0}], "training.max_gen_len"),
+        ([fine, fine | {"sampling/logp_difference_mean": 0.11}], "model.dtype"),
+    ):
+        (warning,) = smells(changed)
+        assert wanted in warning
