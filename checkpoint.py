@@ -52,7 +52,7 @@ def save_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     final, aside = checkpoint_path(directory, step), directory / f"{ASIDE}{step:06d}"
-    if not final.exists():
+    if not final.exists() or find_damage(final):
         tensors = [*model.parameters(), *optimizer.state.values()]
         needed, free = sum(t.nbytes for t in tensors) + SLACK_BYTES, shutil.disk_usage(directory).free
         if needed > free:
@@ -67,15 +67,15 @@ def save_checkpoint(
             (aside / "complete.json").write_text(json.dumps({f.name: f.stat().st_size for f in aside.iterdir()}))
             _sync(aside / "complete.json")
             _sync(aside)
+            if final.exists():
+                _remove(final)
             aside.rename(final)
             _sync(directory)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise OSError(f"the checkpoint of step {step} could not be written to {directory} ({error}); free some room") from None
     for old in checkpoints(directory)[:-keep]:
-        doomed = old.with_name(ASIDE + old.name)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(old)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -108,6 +108,13 @@ def load_trainer_state(checkpoint: Path) -> dict:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / 'trainer.pt'} is damaged ({str(error).splitlines()[0]:.200}); "
                          f"remove {checkpoint} to resume from the checkpoint before it") from None
+
+
+def _remove(checkpoint: Path) -> None:
+    """In two moves, so that a crash leaves nothing that looks whole."""
+    doomed = checkpoint.with_name(ASIDE + checkpoint.name)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ checkpoints bring their own config; for anything else it is config.yaml, unless 
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -230,8 +231,10 @@ def show_samples(run: Path) -> None:
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     with open(path, encoding="utf-8") as lines:
         for s in map(json.loads, lines):
-            colour = GREEN if s["advantage"] > 0 else RED if s["advantage"] < 0 else ""
-            head = (f"step {s['step']}, {s['kind']}: {describe(s['reward'], s['parts'])}; advantage {s['advantage']:+.2f}, "
+            reward, advantage = (math.nan if s[name] is None else s[name] for name in ("reward", "advantage"))
+            colour = GREEN if advantage > 0 else RED if advantage < 0 else ""
+            parts = {name: math.nan if value is None else value for name, value in s["parts"].items()}
+            head = (f"step {s['step']}, {s['kind']}: {describe(reward, parts)}; advantage {advantage:+.2f}, "
                     f"{s['length']} tokens{'' if s['finished'] else ', cut off'}")
             for paint, text in (("", head), (DIM, s["question"]), (colour, s["text"] + "\n")):
                 text = printable(text)

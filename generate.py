@@ -100,11 +100,13 @@ def generate(
     stats = GenerateStats()
     clock = time.perf_counter()
     prefilled = prefill(model, prompts)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
     stats.prefill_seconds = time.perf_counter() - clock
     row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + max_gen_len)
     answers = len(prompts) * num_answers
-    if cache_bytes is None:
-        cache_bytes = default_cache_bytes(weight.device, config.vocab_size, answers)
+    if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
+        cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
     stats.slots = min(cache_bytes // row_bytes, answers)
     if stats.slots < 1:
         raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes "
@@ -139,14 +141,11 @@ def prefill(model: Transformer, prompts: list[list[int]]) -> KVCache:
     return prefilled
 
 
-def default_cache_bytes(device: torch.device, vocab_size: int, rows: int) -> int:
-    """What is free on the device, less what a decode step needs beside the cache (about four rows x V in float32)."""
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        with open("/proc/meminfo") as f:
-            free = next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
-    return int(0.9 * free) - 16 * vocab_size * rows
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with open("/proc/meminfo") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
 
 
 class _Decoder:
@@ -177,7 +176,8 @@ class _Decoder:
         self.active_R = torch.zeros(slots, dtype=torch.bool, device=device)  # whether it has not ended
         self.waiting = list(range(answers))
         self.num_rows = self.num_ended = self.row_steps = 0
-        self.step = _GraphedStep(self) if on_cuda else self._step
+        # Neither knows the decoder: a reference back would keep cache and graphs alive until the garbage collector runs.
+        self.step = _GraphedStep() if on_cuda else _Decoder._step
 
     def turn_over(self) -> bool:
         """Give the slots of ended rows to waiting ones or, when none waits, to the last rows. False: all have ended."""
@@ -202,7 +202,7 @@ class _Decoder:
         """Draw the next token of every row, `interval` times over."""
         rows = min(-(-self.num_rows // self.row_multiple) * self.row_multiple, len(self.active_R))
         for _ in range(self.interval):
-            self.step(rows)
+            self.step(self, rows)
             self.row_steps += rows
 
     def _step(self, rows: int) -> None:
@@ -253,20 +253,20 @@ class _GraphedStep:
     also lets the libraries allocate what they need; the second is recorded; from then on the recording is replayed.
     """
 
-    def __init__(self, decoder: _Decoder):
-        self.decoder, self.graphs, self.pool = decoder, {}, torch.cuda.graph_pool_handle()
+    def __init__(self):
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, rows: int) -> None:
-        cache = self.decoder.cache
+    def __call__(self, decoder: _Decoder, rows: int) -> None:
+        cache = decoder.cache
         shape = rows, cache.columns(1)
         graph = self.graphs.get(shape)
         if shape not in self.graphs:
             self.graphs[shape] = None
-            self.decoder._step(rows)
+            decoder._step(rows)
         elif graph is None:
             self.graphs[shape] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                self.decoder._step(rows)  # recorded, not run
+                decoder._step(rows)  # recorded, not run
             graph.replay()
         else:
             graph.replay()

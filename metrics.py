@@ -18,7 +18,7 @@ def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: 
     finished = [len(e.response_token_ids) for e in episodes if e.is_finished]
     parts = {name for e in episodes for name in e.reward.parts}
     metrics = {
-        "reward": fmean(rewards),
+        "reward": sum(rewards) / len(rewards),  # fmean refuses infinities of both signs
         "reward_std": fmean(pstdev(group) if all(map(math.isfinite, group)) else math.nan for group in groups),
         "frac_reward_zero_std": fmean(float(len(set(group)) == 1) for group in groups),
         **{f"rewards/{name}": fmean(e.reward.parts.get(name, 0.0) for e in episodes) for name in sorted(parts)},

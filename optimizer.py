@@ -9,6 +9,7 @@ The bf16 weight is the master rounded to nearest, the arithmetic is that of floa
 instead of the 4 of a separate master.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -43,6 +44,7 @@ class AdamW:
         home = "cpu" if self.offloaded else device
         self.state = {name: torch.zeros(total, dtype=dtype, device=home) for name, dtype in dtypes.items()}
         if self.offloaded:
+            self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
             for tensor in self.state.values():
                 _page_lock(tensor)
 
@@ -124,7 +126,7 @@ class AdamW:
                 yield [tensor[place] for tensor in self.state.values()]
             return
         device = self.params[0].device
-        compute, up, down = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+        compute, up, down = torch.cuda.current_stream(device), self.up, self.down
 
         def fetch(place):
             with torch.cuda.stream(up):
@@ -167,3 +169,4 @@ def _page_lock(tensor: Tensor) -> None:
     if int(error) != 0:
         raise RuntimeError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
                            "`ulimit -l`, or set optimizer.offload=false")
+    weakref.finalize(tensor, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr())

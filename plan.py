@@ -17,8 +17,8 @@ from qwen2_model import KVCache, Qwen2Config
 GIB = 2**30
 PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
-STEP_BUFFERS = 5  # float32 copies of the logits that a decode step holds at once
-CHUNK_BUFFERS = 2.5  # likewise a chunk of the loss: log-probabilities, their product, the bf16 gradient
+STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
+CHUNK_BUFFERS = 3.5  # likewise of a chunk of the loss: logits, log-probabilities, those of the chunk before, its bf16 gradient
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
@@ -36,6 +36,7 @@ class Plan:
     budget: float  # bytes that may be used
     host: float  # bytes of page-locked CPU memory
     cache_bytes: int  # for grpo.rollout
+    evaluation_cache_bytes: int  # the same less the prompts of the held-out questions, which are prefilled all at once
     checkpoint_layers: int  # for grpo.update_policy
     cache_rows: int
 
@@ -64,22 +65,27 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
         fixed["CUDA context and workspaces"] = CONTEXT_BYTES
 
     row_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
-    prompts = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS * training.num_questions_per_batch
-    rollout = fixed | {"prompts": prompts, "decode step": STEP_BUFFERS * 4 * training.batch_size * shape.vocab_size}
+    prompt_bytes = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS
+    rollout = fixed | {"prompts": prompt_bytes * training.num_questions_per_batch,
+                       "decode step": STEP_BUFFERS * 4 * training.batch_size * shape.vocab_size}  # fmt: skip
     cache_rows = int(min(training.batch_size, (budget - sum(rollout.values())) // row_bytes))
-    rollout[f"KV cache, {max(cache_rows, 1)} of {training.batch_size} rows at once"] = max(cache_rows, 1) * row_bytes
+    cache_bytes = max(cache_rows, 1) * row_bytes
+    rollout[f"KV cache, {max(cache_rows, 1)} of {training.batch_size} rows at once"] = cache_bytes
+    more_prompts = prompt_bytes * max(0, config.data.test_size - training.num_questions_per_batch)
+    evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
     head = shape.vocab_size * shape.hidden_size * dtype.itemsize
     update = fixed | {"gradients": weights,
                       "loss chunk, head and embedding gradients": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES + 2 * head,
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
-    tokens = training.micro_batch_tokens
+    tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
         activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers)
         if sum(update.values()) + activations <= budget:
             break
     update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = activations
-    plan = Plan(rollout, update, budget, state if offloaded else 0, max(cache_rows, 1) * row_bytes, checkpoint_layers, cache_rows)
+    plan = Plan(rollout, update, budget, state if offloaded else 0, cache_bytes, evaluation_cache_bytes, checkpoint_layers,
+                cache_rows)
     if cache_rows < 1 or sum(update.values()) > budget:
         raise ValueError(f"the run does not fit into model.memory_gib={config.model.memory_gib}:\n{plan.table()}\n"
                          + _remedy(config, shape, plan))

@@ -214,8 +214,9 @@ class KVCache:
 
     def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor, columns: int) -> None:
         """Let `rows` here hold what `source_rows` hold there, `columns` positions of it."""
-        for target, origin in ((self.keys_LBKCD, source.keys_LBKCD), (self.values_LBKCD, source.values_LBKCD)):
-            target[:, rows, :, :columns] = origin[:, source_rows, :, :columns]
+        for target_LBKCD, origin_LBKCD in ((self.keys_LBKCD, source.keys_LBKCD), (self.values_LBKCD, source.values_LBKCD)):
+            for target_BKCD, origin_BKCD in zip(target_LBKCD, origin_LBKCD, strict=True):  # a layer at a time: a copy comes between
+                target_BKCD[rows, :, :columns] = origin_BKCD[source_rows, :, :columns]
         self.lengths_B[rows] = source.lengths_B[source_rows]
 
     def columns(self, num_tokens: int) -> int:

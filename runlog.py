@@ -36,7 +36,7 @@ class RunLog:
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
-        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}  # JSON has no NaN
+        record = _finite(record)
         self._files[name].write(json.dumps(record) + "\n")
         self._files[name].flush()
         self._show(name, record)
@@ -58,7 +58,7 @@ class RunLog:
         if self._board is None:
             return
         if name == "samples.jsonl":
-            text = f"{record['question']}{record['text']}\n\nreward {record['reward']:.2f}, advantage {record['advantage']:+.2f}"
+            text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
             shown = "\n".join("    " + printable(line) for line in text.split("\n"))  # indented: markdown leaves it alone
             self._board.add_text(f"samples/{record['kind']}", shown, record["step"])
             return
@@ -66,6 +66,13 @@ class RunLog:
             if key != "step" and isinstance(value, int | float):
                 group = key if "/" in key else f"{name.removesuffix('.jsonl')}/{key}"
                 self._board.add_scalar(group, value, record["step"])
+
+
+def _finite(value):
+    """The same with None for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:

@@ -127,7 +127,7 @@ class Run:
             self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors
         )
         self.train_problems, test_problems = self.task.load_problems(config.data)
-        if not Path(config.model.path).exists():
+        if checkpoint is None and not Path(config.model.path).exists():
             self._make_base_model(Path(config.model.path))
         self._load(checkpoint or Path(config.model.path), saved)
         self.peaks = {}  # bytes, of the latest rollout and update
@@ -242,7 +242,7 @@ class Run:
             episodes = evaluate(
                 self.model, self.tokenizer, self.test_questions, max_gen_len=self.config.training.max_gen_len,
                 reward_function=self.reward, generator=self._generator("evaluation", 0),
-                cache_bytes=self.plan.cache_bytes, progress=lambda ended, _: bar(ended),
+                cache_bytes=self.plan.evaluation_cache_bytes, progress=lambda ended, _: bar(ended),
             )  # fmt: skip
         metrics = evaluation_metrics(episodes)
         self.log.write("metrics.jsonl", {"step": step} | metrics)
@@ -339,6 +339,9 @@ class Run:
                 continue
             print(f"resuming from {checkpoint}")
             return checkpoint
+        if checkpoints(self.checkpoints):
+            raise ValueError(f"every checkpoint in {self.checkpoints} is damaged; put a good one back, or remove them all "
+                             "to start over")
         print("no checkpoint yet: starting over")
         return None
 

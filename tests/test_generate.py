@@ -1,6 +1,8 @@
 """Sampling: what is drawn has the model's distribution, and scheduling changes none of it."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -248,3 +250,23 @@ def test_cuda_draws_what_the_cpu_draws(slots):
     got, stats = run(random_model().cuda(), cache_bytes=slots * ROW_BYTES)
     assert_same_samples(got, wanted)
     assert stats.slots == slots
+
+
+def test_the_cache_is_freed_without_the_garbage_collector(monkeypatch):
+    # Catches: a decoder that holds a bound method of its own; on a GPU its cache would still stand during the update.
+    caches = []
+    plain = KVCache.__init__
+
+    def remember(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(KVCache, "__init__", remember)
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert caches
+        assert all(cache() is None for cache in caches)
+    finally:
+        gc.enable()

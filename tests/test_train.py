@@ -171,6 +171,22 @@ def test_a_truncated_checkpoint_is_passed_over(two_steps, capsys):
     assert [r["step"] for r in records if "reward" in r] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_damaged_checkpoint_is_written_anew(two_steps, capsys):
+    # caught: saving only where nothing stands yet
+    directory, arguments = two_steps
+    for step, size in ((2, 1000), (4, 1000)):
+        os.truncate(directory / f"checkpoints/step-{step:06d}/model.safetensors", size)
+    assert train.main(arguments) == 2
+    assert "every checkpoint" in capsys.readouterr().err
+    shutil.rmtree(directory / "checkpoints/step-000002")
+    shutil.copytree(directory / "checkpoints/step-000004", directory / "kept")
+    shutil.rmtree(directory / "checkpoints/step-000004")
+    assert train.main([*arguments, "training.max_steps=4"]) == 0  # from the beginning
+    os.truncate(directory / "checkpoints/step-000004/trainer.pt", 1000)
+    assert train.main([*arguments, "training.max_steps=4", "training.keep_checkpoints=1"]) == 0  # from step 2
+    assert checkpoint.find_damage(directory / "checkpoints/step-000004") == ""
+
+
 def test_damage_that_keeps_the_size_is_named(two_steps, capsys):
     directory, arguments = two_steps
     trainer = directory / "checkpoints/step-000004/trainer.pt"
@@ -365,7 +381,7 @@ DATA_DAMAGE = {
     "empty": ("", "no problems"),
     "not JSON": ('{"nums": [1, 2], "target": 3}\n{"nums": [1', "line 2"),
     "other keys": ('{"numbers": [1, 2], "goal": 3}', "nums"),
-    "floats": ('{"nums": [1.5, 2], "target": 3}', "row 1"),
+    "floats": ('{"nums": [1.5, 2], "target": 3}', "line 1"),
     "too few": ('{"nums": [1, 2], "target": 3}', "data.test_size"),
 }
 
