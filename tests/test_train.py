@@ -108,7 +108,8 @@ def test_twenty_kills(base_model, tmp_path):
     reference, broken = tmp_path / "reference", tmp_path / "run"
     process = start(reference, base_model, *longer)
     clock = time.monotonic()
-    assert process.wait(timeout=600) == 0
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
     whole = time.monotonic() - clock
     SMALL.extend(longer)
     try:
