@@ -1,5 +1,6 @@
 """Random models of the published shapes, random questions, and the two rates that bound everything on a machine."""
 
+import argparse
 import random
 import sys
 import time
@@ -20,6 +21,21 @@ TINY = Qwen2Config(
     max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
 )  # fmt: skip
 SHAPES = ["tiny", *PUBLISHED]
+
+
+def work_parser() -> argparse.ArgumentParser:
+    """The work that both benchmarks are told to do."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("questions", type=int)
+    parser.add_argument("answers", type=int)
+    parser.add_argument("length", type=int)
+    parser.add_argument("--mean", type=int, help="mean of geometric lengths, at most `length`")
+    parser.add_argument("--prompt", type=int, default=140)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeat", type=int, default=2)
+    return parser
 
 
 def random_model(shape: str, *, device: str, dtype: torch.dtype) -> Transformer:

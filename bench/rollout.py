@@ -9,11 +9,8 @@ The floor is the time in which the machine could read the weights and the cache,
 longer, at the rates that it reaches on a large copy and a large product.
 """
 
-import argparse
-
 import torch
 from common import (
-    SHAPES,
     AnyTokenizer,
     copy_rate,
     matrix_rate,
@@ -22,6 +19,7 @@ from common import (
     random_questions,
     random_reward,
     synchronize,
+    work_parser,
 )
 
 from grpo import rollout
@@ -30,16 +28,7 @@ from qwen2_model import KVCache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("questions", type=int)
-    parser.add_argument("answers", type=int)
-    parser.add_argument("length", type=int)
-    parser.add_argument("--mean", type=int, help="mean length of ragged answers")
-    parser.add_argument("--prompt", type=int, default=140)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeat", type=int, default=2)
+    parser = work_parser()
     parser.add_argument("--cache-gib", type=float, help="budget of the KV cache")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)

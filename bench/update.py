@@ -7,12 +7,11 @@ Utilisation counts the products that cannot be avoided (6 FLOP a weight and toke
 each prompt once) over the rate that the machine reaches on a large product.
 """
 
-import argparse
 import random
 import time
 
 import torch
-from common import SHAPES, matrix_rate, peak_bytes, random_model, synchronize
+from common import matrix_rate, peak_bytes, random_model, synchronize, work_parser
 
 from data_types import Episode, Reward
 from grpo import update_policy
@@ -21,16 +20,7 @@ from plan import num_weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("questions", type=int)
-    parser.add_argument("answers", type=int)
-    parser.add_argument("length", type=int)
-    parser.add_argument("--mean", type=int, help="geometric lengths of this mean, at most `length`")
-    parser.add_argument("--prompt", type=int, default=140)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeat", type=int, default=2)
+    parser = work_parser()
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument("--checkpoint-layers", type=int, default=0)
     parser.add_argument("--offload", action="store_true")
