@@ -28,6 +28,7 @@ from data_types import Episode, Question, Reward
 from generate import log_probs, sample
 from grpo import rollout
 from metrics import compare_models, model_summary
+from plan import keep_freed_memory
 from qwen2_model import KVCache, Transformer
 from runlog import printable
 from tasks import guard_reward, load_task, make_question
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ask", metavar="QUESTION", help="let the model answer it; another training.seed, another answer")
     parser.add_argument("--show", action="store_true", help="print the samples of a run; green: positive advantage, red: negative")
     arguments = parser.parse_intermixed_args(argv)
+    keep_freed_memory()
     overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
     paths = [a for a in arguments.models if a not in overrides]
     try:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2_model import KVCache, Transformer
+from qwen2_model import KVCache, Transformer, packed_for_decoding
 
 IMPOSSIBLE = -1e30  # logit of an id that must not be drawn; finite, because 0 * log 0 is asked for in the entropy
 PREFILL_TOKENS = 8192  # prompts go through the model in batches of about so many tokens
@@ -62,7 +62,7 @@ def sample(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Te
     Returns ids, their log-probabilities and the entropies, each (R,).
     """
     probs_RV = log_probs_RV.exp()
-    entropy_R = -torch.einsum("rv,rv->r", probs_RV, log_probs_RV)
+    entropy_R = -torch.linalg.vecdot(probs_RV, log_probs_RV)
     cdf_RV = probs_RV.cumsum_(dim=-1)
     ids_R1 = torch.searchsorted(cdf_RV, uniform_R[:, None] * cdf_RV[:, -1:], right=True)
     ids_R1.clamp_(max=vocab_size - 1)  # a parallel sum need not be monotone: its last steps may reach past the last token
@@ -114,9 +114,10 @@ def generate(
     clock = time.perf_counter()
     decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
                        vocab_size=vocab_size, stop_ids=stop_ids, generator=generator, slots=stats.slots)
-    while decoder.turn_over():
-        decoder.decode()
-        progress(decoder.num_ended, decoder.row_steps)
+    with packed_for_decoding(model, stats.slots):
+        while decoder.turn_over():
+            decoder.decode()
+            progress(decoder.num_ended, decoder.row_steps)
     samples = decoder.samples()
     stats.decode_seconds = time.perf_counter() - clock
     stats.tokens, stats.row_steps = sum(len(s.token_ids) for s in samples), decoder.row_steps

@@ -23,7 +23,9 @@ from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-LOGIT_CHUNK_BYTES = 160 * 1000**2  # float32 logits of one chunk of the loss; its gradient and a copy come on top
+# float32 logits of one chunk of the loss; their log-probabilities and gradient come on top. A GPU reads the head once a chunk
+# and wants many rows for it, a CPU is as fast with few.
+LOGIT_CHUNK_BYTES = {"cpu": 32 * 1000**2, "cuda": 160 * 1000**2}
 
 
 def rollout(
@@ -101,57 +103,61 @@ def episode_advantages(episodes: list[Episode]) -> list[float]:
     return advantages
 
 
-class TokenLoss(torch.autograd.Function):
-    """sum_p c_p log π(target_p), from hidden states, without ever holding more than a chunk of logits.
+def token_loss(
+    hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor, grad_head_VE: Tensor, *,
+    project: Callable[[Tensor], Tensor], temperature: float, vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss = sum_p c_p log π(target_p) and its gradient, without ever holding more than a chunk of logits.
 
     The loss is linear in the log-probabilities, so the gradient of a chunk is known as soon as its logits are,
-        d / d logits_p = c_p (onehot(target_p) - π_p) / temperature:
+        d loss / d logits_p = c_p (onehot(target_p) - π_p) / temperature:
     it is taken on the spot, and nothing is kept or computed again.
+
+    project(hidden) -> logits (P, V), float32. Adds the head's gradient to grad_head_VE in place, because another matrix
+    of its size would be the largest thing in memory. Returns the loss (scalar), log π(target_p) (P,) float32, and the
+    gradient of hidden_PE.
     """
+    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * head_VE.shape[0]))
+    grad_hidden_PE, logprobs = torch.empty_like(hidden_PE), []
+    for hidden_CE, targets_C, coefficients_C, grad_hidden_CE in zip(
+        *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, grad_hidden_PE)), strict=True
+    ):
+        log_probs_CV = log_probs(project(hidden_CE), temperature, vocab_size)
+        targets_C1 = targets_C[:, None]
+        logprobs.append(log_probs_CV.gather(1, targets_C1)[:, 0])
+        scale_C1 = coefficients_C[:, None].to(log_probs_CV.dtype) / temperature
+        grad_CV = log_probs_CV.exp_().mul_(-scale_C1).scatter_add_(1, targets_C1, scale_C1).to(head_VE.dtype)
+        del log_probs_CV  # what is large dies before its successor is made
+        torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
+        grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
+        del grad_CV
+    logprobs_P = torch.cat(logprobs)
+    return (coefficients_P * logprobs_P).sum(), logprobs_P, grad_hidden_PE
 
-    @staticmethod
-    def forward(ctx, hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor,
-                project: Callable[[Tensor], Tensor], temperature: float, vocab_size: int):
-        """project(hidden) -> logits (P, V), float32. Returns the sum (scalar) and log π(target_p) (P,), float32."""
-        rows = max(1, LOGIT_CHUNK_BYTES // (4 * head_VE.shape[0]))
-        grad_hidden_PE, grad_head_VE = torch.empty_like(hidden_PE), torch.zeros_like(head_VE)
-        logprobs = []
-        for hidden_CE, targets_C, coefficients_C, grad_hidden_CE in zip(
-            *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, grad_hidden_PE)), strict=True
-        ):
-            log_probs_CV = log_probs(project(hidden_CE), temperature, vocab_size)
-            targets_C1 = targets_C[:, None]
-            logprobs.append(log_probs_CV.gather(1, targets_C1)[:, 0])
-            scale_C1 = coefficients_C[:, None].to(log_probs_CV.dtype) / temperature
-            grad_CV = log_probs_CV.exp_().mul_(-scale_C1).scatter_add_(1, targets_C1, scale_C1).to(head_VE.dtype)
-            torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
-            grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
-        ctx.save_for_backward(grad_hidden_PE, grad_head_VE)
-        logprobs_P = torch.cat(logprobs)
-        ctx.mark_non_differentiable(logprobs_P)
-        return (coefficients_P * logprobs_P).sum(), logprobs_P
 
-    @staticmethod
-    def backward(ctx, grad_output: Tensor, _):
-        grad_hidden_PE, grad_head_VE = ctx.saved_tensors
-        return grad_hidden_PE * grad_output, grad_head_VE * grad_output, None, None, None, None, None
+def zero_gradient(model: Transformer) -> None:
+    """Matrices of zeros for accumulate_gradient to add to; made all at once, they leave no holes in memory."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def accumulate_gradient(
     model: Transformer, row: Row, *, num_tokens: int, temperature: float, vocab_size: int, checkpoint_layers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Add a row's share of the gradient of - sum A log π / num_tokens to the weights' .grad.
+    """Add a row's share of the gradient of - sum A log π / num_tokens to the weights' .grad, which stands already.
 
     Returns that share of the loss, and |log π - the sampler's log π| of its response tokens (P,).
     """
     attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
-    loss, logprobs_P = TokenLoss.apply(
-        hidden_1SE[0, row.sources_P], model.head_weight_VE, row.targets_P, -row.advantages_P / num_tokens,
-        model.logits, temperature, vocab_size,
-    )  # fmt: skip
-    loss.backward()
-    return loss.detach(), (logprobs_P - row.sampler_logprobs_P).abs()
+    hidden_PE, head_VE = hidden_1SE[0, row.sources_P], model.head_weight_VE
+    with torch.no_grad():
+        loss, logprobs_P, grad_hidden_PE = token_loss(
+            hidden_PE, head_VE, row.targets_P, -row.advantages_P / num_tokens, head_VE.grad,
+            project=model.logits, temperature=temperature, vocab_size=vocab_size,
+        )  # fmt: skip
+    hidden_PE.backward(grad_hidden_PE)
+    return loss, (logprobs_P - row.sampler_logprobs_P).abs()
 
 
 def update_policy(
@@ -185,7 +191,7 @@ def update_policy(
         return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
     if not run:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
-    optimizer.zero_grad(set_to_none=True)
+    zero_gradient(model)
     loss, tokens_run, differences, broken = 0.0, 0, [], set()
     for row in pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens):
         row_loss, difference_P = accumulate_gradient(
@@ -218,7 +224,8 @@ def update_policy(
 def clip_gradient(model: Transformer, max_norm: float) -> float:
     """Scale the gradient down to max_norm; returns its norm before, taken in float32 whatever the weights' dtype."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm())
+    pieces = (piece for grad in grads for piece in grad.view(-1).split(2**20))  # each is copied as float32
+    norm = float(torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]).norm())
     if norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-PIECE = 2**23  # weights updated at a time: bounds the float32 temporaries, and what is in transit when offloaded
+PIECE = 2**21  # weights updated at a time: bounds the float32 temporaries, and what is in transit when offloaded
 IN_TRANSIT = 3  # pieces on the device at once when offloaded: one fetched, one computed, one written back
 
 

@@ -4,6 +4,7 @@ Weights, gradients and optimizer state are given by the model. The KV cache of t
 update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
 """
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import torch
 from config import Config
 from grpo import LOGIT_CHUNK_BYTES
 from optimizer import IN_TRANSIT, PIECE, AdamW
-from qwen2_model import KVCache, Qwen2Config
+from qwen2_model import KVCache, Qwen2Config, packs_for_decoding
 
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
 STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
-CHUNK_BUFFERS = 3.5  # likewise of a chunk of the loss: logits, log-probabilities, those of the chunk before, its bf16 gradient
+CHUNK_BUFFERS = 2.5  # likewise of a chunk of the loss: logits, log-probabilities, and the gradient in the weights' dtype
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
@@ -68,15 +70,16 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     prompt_bytes = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS
     rollout = fixed | {"prompts": prompt_bytes * training.num_questions_per_batch,
                        "decode step": STEP_BUFFERS * 4 * training.batch_size * shape.vocab_size}  # fmt: skip
+    if packs_for_decoding(config.model.device, dtype):
+        rollout["weights, packed for decoding"] = weights
     cache_rows = int(min(training.batch_size, (budget - sum(rollout.values())) // row_bytes))
     cache_bytes = max(cache_rows, 1) * row_bytes
     rollout[f"KV cache, {max(cache_rows, 1)} of {training.batch_size} rows at once"] = cache_bytes
     more_prompts = prompt_bytes * max(0, config.data.test_size - training.num_questions_per_batch)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
-    head = shape.vocab_size * shape.hidden_size * dtype.itemsize
     update = fixed | {"gradients": weights,
-                      "loss chunk, head and embedding gradients": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES + 2 * head,
+                      "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[config.model.device],
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
@@ -102,6 +105,18 @@ def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoin
     kept = (shape.num_hidden_layers - checkpoint_layers) * layer + checkpoint_layers * b * E
     again = 1.5 * layer if checkpoint_layers else 0.5 * layer  # the layer being run again, and gradients in flight
     return kept + again + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks that are freed, for the next ones, instead of handing them back to the kernel.
+
+    A CPU run frees and asks for the same hundreds of megabytes in every step; getting each page anew from the kernel took
+    as long as the arithmetic (bench/LOG.md). Where the C library is another one, nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)
 
 
 def num_weights(shape: Qwen2Config) -> int:

@@ -8,8 +8,10 @@ Dimension key: B sequences, S tokens, E hidden size, V rows of the vocabulary he
                H query heads, K key/value heads, R = H / K query heads per key head, C cached positions.
 """
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +20,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
 
 MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
-FEW_ROWS = 64  # see project
 SPAN = 64  # cached positions are read in multiples of this, so that a decode step has few distinct shapes
 
 
@@ -123,17 +123,40 @@ def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
 
 
 def project(x_PE: Tensor, weight_OE: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b, (P, O). For the few rows of a decode step in bf16 the CPU takes W x^T, in two thirds of the time: it
-    rearranges the second factor for its dot-product instructions, and x is the small one."""
-    if x_PE.device.type == "cpu" and x_PE.dtype == torch.bfloat16 and len(x_PE) <= FEW_ROWS and not torch.is_grad_enabled():
-        out_PO = torch.mm(weight_OE, x_PE.t()).t().contiguous()
-        return out_PO if bias_O is None else out_PO + bias_O
-    return F.linear(x_PE, weight_OE, bias_O)
+    """x W^T + b, (P, O)."""
+    packed = getattr(weight_OE, "packed", None)
+    if packed is None or torch.is_grad_enabled():
+        return F.linear(x_PE, weight_OE, bias_O)
+    return torch.ops.mkldnn._linear_pointwise(x_PE, packed, bias_O, "none", [], "")
+
+
+@contextmanager
+def packed_for_decoding(model: "Transformer", batch_size: int) -> Iterator[None]:
+    """Within, the products of a bf16 model on the CPU have their weights in the order of its dot-product instructions.
+
+    A product with few rows otherwise spends a third of its time rearranging them. Takes the weights' memory once more.
+    """
+    weights = []
+    if packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
+        weights = [m.weight for m in model.modules() if isinstance(m, Linear)] + [model.head_weight_VE]
+    try:
+        for weight_OE in weights:
+            weight_OE.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), batch_size)
+        yield
+    finally:
+        for weight_OE in weights:
+            weight_OE.packed = None
+
+
+def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
+    if device != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear(nn.Linear):
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return project(x_BSE.flatten(0, 1), self.weight, self.bias).unflatten(0, x_BSE.shape[:2])
+        return project(x_BSE, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -179,12 +202,35 @@ class DecoderLayer(nn.Module):
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
 
 
+class RunTwice(torch.autograd.Function):
+    """Activation checkpointing (arXiv:1604.06174): keep a layer's input alone, and run the layer again for its gradient.
+
+    torch.utils.checkpoint does the same, but loads the compiler, 4 s and 150 MB, and scatters the inputs over the heap.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BSE: Tensor, kept_BSE: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.layer, ctx.kept_BSE = layer, kept_BSE.copy_(x_BSE)
+        return layer(x_BSE)
+
+    @staticmethod
+    def backward(ctx, grad_BSE: Tensor):
+        x_BSE = ctx.kept_BSE.requires_grad_()
+        with torch.enable_grad():
+            out_BSE = ctx.layer(x_BSE)
+        out_BSE.backward(grad_BSE)
+        return x_BSE.grad, None, None
+
+
 class Decoder(nn.Module):
     """The part that checkpoints call `model.`: everything but an untied head."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight_VE = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight_VE.is_meta:  # drawing on the meta device imports nine hundred modules: 5 s and 150 MB
+            nn.init.normal_(weight_VE)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight_VE, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -278,13 +324,14 @@ class Transformer(nn.Module):
         D = self.config.head_dim
         frequencies_D = self.config.rope_theta ** -(torch.arange(0, D, 2, device=tokens_BS.device).float() / D)
         angles_BSD = (positions_BS[:, :, None].float() * frequencies_D).repeat(1, 1, 2)
-        x_BSE = self.model.embed_tokens(tokens_BS)
+        weight_VE = self.model.embed_tokens.weight
+        # To a gradient that stands already only the rows of these tokens are added, instead of a whole matrix around them.
+        x_BSE = F.embedding(tokens_BS, weight_VE, sparse=weight_VE.grad is not None)
         rope = angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
+        kept_LBSE = x_BSE.new_empty(checkpoint_layers, *x_BSE.shape)
         for i, layer in enumerate(self.model.layers):
-            if i < checkpoint_layers:
-                x_BSE = checkpoint(layer, x_BSE, rope, i, attend, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BSE = layer(x_BSE, rope, i, attend)
+            run = functools.partial(layer, rope=rope, layer=i, attend=attend)
+            x_BSE = RunTwice.apply(x_BSE, kept_LBSE[i], run) if i < checkpoint_layers else run(x_BSE)
         return self.model.norm(x_BSE)
 
     def logits(self, hidden_PE: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from evaluate import evaluate, seeded_generator
 from grpo import episode_advantages, rollout, update_policy
 from metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from optimizer import AdamW
-from plan import GIB, find_shape, make_plan
+from plan import GIB, find_shape, keep_freed_memory, make_plan
 from qwen2_model import Qwen2Config, Transformer
 from runlog import RunLog
 from tasks import guard_reward, load_task, make_question
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print the memory that the run would need, and end")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example training.learning_rate=5e-6")
     arguments = parser.parse_intermixed_args(argv)
+    keep_freed_memory()
     signals = SignalWatch()
     try:
         config = load_config(arguments.config, arguments.overrides)

@@ -28,7 +28,7 @@ from tokenizers.models import BPE
 import countdown_task
 from config import Config
 from data_types import Episode, Reward
-from grpo import accumulate_gradient
+from grpo import accumulate_gradient, zero_gradient
 from packing import pack_rows
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
@@ -193,11 +193,11 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
                 ids = tokenizer.encode(response)
                 episodes.append(Episode(question_id, prompt_ids, ids, [0.0] * len(ids), True, response, Reward(1.0, {})))
         num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
+        zero_gradient(model)
         for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
             row_loss, _ = accumulate_gradient(model, row, num_tokens=num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
             loss += float(row_loss)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
-            optimizer.zero_grad()
             scheduler.step()
         progress(step, loss)

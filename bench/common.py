@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data_types import Question, Reward
-from plan import PUBLISHED, find_shape
+from plan import PUBLISHED, find_shape, keep_freed_memory
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(
@@ -21,6 +21,8 @@ TINY = Qwen2Config(
     max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
 )  # fmt: skip
 SHAPES = ["tiny", *PUBLISHED]
+keep_freed_memory()
+IMPORTED_BYTES = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
 
 
 def work_parser() -> argparse.ArgumentParser:
@@ -106,4 +108,5 @@ def _typical_seconds(work, device: str) -> float:
 
 
 def peak_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    """Peak memory beyond what Python and PyTorch themselves take."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss - IMPORTED_BYTES

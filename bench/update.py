@@ -26,8 +26,6 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    flops = matrix_rate(args.device, dtype)
-    print(f"{args.device}: {flops / 1e9:,.0f} GFLOP/s {args.dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     model = random_model(args.shape, device=args.device, dtype=dtype)
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=args.offload)
     episodes = random_episodes(args, model.config.vocab_size)
@@ -37,6 +35,8 @@ def main() -> None:
     needed = 6 * body * (responses + args.questions * args.prompt) + 6 * head * responses
     state = 0 if optimizer.offloaded else sum(t.nbytes for t in optimizer.state.values())
     standing = 2 * sum(p.nbytes for p in model.parameters()) + state
+    flops = matrix_rate(args.device, dtype)
+    print(f"{args.device}: {flops / 1e9:,.0f} GFLOP/s {args.dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     for _ in range(args.repeat):
         synchronize(args.device)
         start = time.perf_counter()

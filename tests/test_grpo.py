@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import grpo
 from data_types import Episode, Question, Reward
-from grpo import TokenLoss, episode_advantages, group_advantages, rollout, update_policy
+from grpo import episode_advantages, group_advantages, rollout, token_loss, update_policy
 from tokenizer import Tokenizer
 
 TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
@@ -139,7 +139,7 @@ def test_update_gradient_equals_a_naive_loop(
     # `kept`); `/ temperature` dropped from the gradient; `logits_PV[:, vocab_size:] = IMPOSSIBLE` dropped; sources_P
     # off by one; positions of an answer starting at 0; an answer that does not see its prompt; `addmm_` -> overwrite,
     # which forgets all chunks but the last.
-    monkeypatch.setattr(grpo, "LOGIT_CHUNK_BYTES", chunk_rows * 4 * 101)
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 101)
     model = random_model(tied=tied)
     recorder = Recorder(model)
     stats = update_policy(
@@ -280,7 +280,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step():
 
 
 def test_what_an_interrupted_update_left_does_not_reach_the_next():
-    # Catches: `optimizer.zero_grad` before the first row dropped.
+    # Catches: `zero_gradient` before the first row dropped.
     model = random_model()
     recorder = Recorder(model)
 
@@ -298,26 +298,39 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
 # --- the loss of a chunk
 
 
+class TokenLoss(torch.autograd.Function):
+    """Gives gradcheck the gradients that token_loss returns."""
+
+    @staticmethod
+    def forward(ctx, hidden_PE, head_VE, targets_P, coefficients_P):
+        grad_head_VE = torch.full_like(head_VE, 5.0)
+        loss, logprobs_P, grad_hidden_PE = token_loss(
+            hidden_PE, head_VE, targets_P, coefficients_P, grad_head_VE,
+            project=lambda h: h @ head_VE.t(), temperature=0.6, vocab_size=11,
+        )  # fmt: skip
+        ctx.save_for_backward(grad_hidden_PE, grad_head_VE - 5.0)
+        ctx.mark_non_differentiable(logprobs_P)
+        return loss, logprobs_P
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        grad_hidden_PE, grad_head_VE = ctx.saved_tensors
+        return grad_hidden_PE * grad_output, grad_head_VE * grad_output, None, None
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_token_loss_gradcheck(chunk_rows, monkeypatch):
-    # Catches: `.mul_(-scale_C1)` -> `.mul_(scale_C1)`; `grad_head_VE * grad_output` without grad_output;
-    # `/ temperature` dropped.
-    monkeypatch.setattr(grpo, "LOGIT_CHUNK_BYTES", chunk_rows * 4 * 13)
+    # Catches: `.mul_(-scale_C1)` -> `.mul_(scale_C1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
     generator = torch.Generator().manual_seed(0)
     hidden_PE = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     head_VE = torch.randn(13, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator, dtype=torch.float64)
-
-    def loss(hidden_PE, head_VE):
-        total, _ = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P, lambda h: h @ head_VE.t(), 0.6, 11)
-        return 3 * total
-
-    assert torch.autograd.gradcheck(loss, (hidden_PE, head_VE))
-    total, logprobs_P = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P, lambda h: h @ head_VE.t(), 0.6, 11)
+    assert torch.autograd.gradcheck(lambda h, w: TokenLoss.apply(h, w, targets_P, coefficients_P)[0], (hidden_PE, head_VE))
+    total, logprobs_P = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P)
     wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
     torch.testing.assert_close(logprobs_P, wanted_P)
     torch.testing.assert_close(total, (coefficients_P * wanted_P).sum())
-    assert not logprobs_P.requires_grad
 
 
 # --- from the rollout to the update

@@ -32,7 +32,7 @@ ALLOWED = {
     "grpo": {"data_types", "generate", "packing", "qwen2_model", "tokenizer"},
     "plan": {"config", "grpo", "optimizer", "qwen2_model"},
     "evaluate": {
-        "checkpoint", "config", "data_types", "generate", "grpo", "metrics", "qwen2_model", "runlog", "tasks", "tokenizer",
+        "checkpoint", "config", "data_types", "generate", "grpo", "metrics", "plan", "qwen2_model", "runlog", "tasks", "tokenizer",
     },
     "warm_start": {"config", "countdown_task", "data_types", "grpo", "packing", "qwen2_model", "tokenizer"},
     "train": {
