@@ -29,7 +29,7 @@ from generate import log_probs, sample
 from grpo import rollout
 from metrics import compare_models, model_summary
 from plan import keep_freed_memory
-from qwen2_model import KVCache, Transformer
+from qwen2_model import KVCache, Transformer, packed_for_decoding
 from runlog import printable
 from tasks import guard_reward, load_task, make_question
 from tokenizer import Tokenizer
@@ -63,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ask", metavar="QUESTION", help="let the model answer it; another training.seed, another answer")
     parser.add_argument("--show", action="store_true", help="print the samples of a run; green: positive advantage, red: negative")
     arguments = parser.parse_intermixed_args(argv)
-    keep_freed_memory()
     overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
     paths = [a for a in arguments.models if a not in overrides]
     try:
@@ -77,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
         if config.model.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
+        if config.model.device == "cpu":
+            keep_freed_memory()
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
             ask(config, directories[0], arguments.ask)
@@ -208,13 +209,14 @@ def stream(
     weight, prompt = model.head_weight_VE, question.prompt_token_ids
     cache = KVCache(model.config, batch_size=1, max_len=len(prompt) + max_gen_len, device=weight.device, dtype=weight.dtype)
     tokens_1L = torch.tensor([prompt], device=weight.device)
-    for _ in range(max_gen_len):
-        log_probs_1V = log_probs(model.next_token_logits(tokens_1L, cache), 1.0, tokenizer.vocab_size)
-        ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device), tokenizer.vocab_size)
-        if int(ids_1) in tokenizer.stop_ids:
-            return
-        yield int(ids_1)
-        tokens_1L = ids_1[:, None]
+    with packed_for_decoding(model, 1):
+        for _ in range(max_gen_len):
+            log_probs_1V = log_probs(model.next_token_logits(tokens_1L, cache), 1.0, tokenizer.vocab_size)
+            ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device), tokenizer.vocab_size)
+            if int(ids_1) in tokenizer.stop_ids:
+                return
+            yield int(ids_1)
+            tokens_1L = ids_1[:, None]
 
 
 def whole_characters(text: str) -> str:

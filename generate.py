@@ -62,7 +62,7 @@ def sample(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Te
     Returns ids, their log-probabilities and the entropies, each (R,).
     """
     probs_RV = log_probs_RV.exp()
-    entropy_R = -torch.linalg.vecdot(probs_RV, log_probs_RV)
+    entropy_R = -torch.einsum("rv,rv->r", probs_RV, log_probs_RV)
     cdf_RV = probs_RV.cumsum_(dim=-1)
     ids_R1 = torch.searchsorted(cdf_RV, uniform_R[:, None] * cdf_RV[:, -1:], right=True)
     ids_R1.clamp_(max=vocab_size - 1)  # a parallel sum need not be monotone: its last steps may reach past the last token
@@ -98,23 +98,23 @@ def generate(
         raise ValueError(f"a prompt of {longest} tokens and answers of up to {max_gen_len} exceed the model's {limit} positions; "
                          f"lower max_gen_len to {limit - longest}")
     stats = GenerateStats()
-    clock = time.perf_counter()
-    prefilled = prefill(model, prompts)
-    if weight.is_cuda:
-        torch.cuda.synchronize()
-    stats.prefill_seconds = time.perf_counter() - clock
     row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + max_gen_len)
     answers = len(prompts) * num_answers
-    if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
-        cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
-    stats.slots = min(cache_bytes // row_bytes, answers)
-    if stats.slots < 1:
-        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes "
-                         f"{row_bytes:,}; raise the budget, or lower max_gen_len")
     clock = time.perf_counter()
-    decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
-                       vocab_size=vocab_size, stop_ids=stop_ids, generator=generator, slots=stats.slots)
-    with packed_for_decoding(model, stats.slots):
+    with packed_for_decoding(model, answers):
+        prefilled = prefill(model, prompts)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+        stats.prefill_seconds = time.perf_counter() - clock
+        if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
+            cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
+        stats.slots = min(cache_bytes // row_bytes, answers)
+        if stats.slots < 1:
+            raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes "
+                             f"{row_bytes:,}; raise the budget, or lower max_gen_len")
+        clock = time.perf_counter()
+        decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
+                           vocab_size=vocab_size, stop_ids=stop_ids, generator=generator, slots=stats.slots)
         while decoder.turn_over():
             decoder.decode()
             progress(decoder.num_ended, decoder.row_steps)

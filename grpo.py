@@ -23,9 +23,10 @@ from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# float32 logits of one chunk of the loss; their log-probabilities and gradient come on top. A GPU reads the head once a chunk
-# and wants many rows for it, a CPU is as fast with few.
-LOGIT_CHUNK_BYTES = {"cpu": 32 * 1000**2, "cuda": 160 * 1000**2}
+# float32 logits of one chunk of the loss; their log-probabilities and gradient come on top. Each chunk adds to the head's gradient
+# once. In bf16 that rounds: over 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where
+# the products themselves leave 1.3 %; a gradient is noisier than that by far.
+LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
 def rollout(

@@ -89,13 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print the memory that the run would need, and end")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example training.learning_rate=5e-6")
     arguments = parser.parse_intermixed_args(argv)
-    keep_freed_memory()
     signals = SignalWatch()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.plan:
             print(make_plan(config, find_shape(config.model.path)).table())
             return 0
+        if config.model.device == "cpu":
+            keep_freed_memory()
         with lock_directory(Path(config.output_dir)):
             return Run(config, signals, resume=arguments.resume).train()
     except Interrupted:

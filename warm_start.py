@@ -3,15 +3,15 @@
 It plays the part that pretraining plays for Qwen2.5-3B: afterwards the model writes the format, calculates and judges
 its own attempts honestly, but gives up too early to win often. That last habit is what GRPO then changes.
 
-The traces it imitates try expressions at random and, as often as not, give up:
+The traces it imitates try what two of the numbers give, with each use of the third, in random order; most give up:
 
-     3 + 5 = 8, 8 + 7 = 15, want 6: no
-     3 + 5 = 8, 8 - 7 = 1, want 6: no, I give up</think>
-    <answer>(3 + 5) - 7</answer>
+     3 + 5 = 8; 8 + 7 = 15, want 6: no; 8 - 7 = 1, want 6: no; 8 * 7 = 56, want 6: no
+     7 - 5 = 2; 2 + 3 = 5, want 6: no, I give up</think>
+    <answer>(7 - 5) + 3</answer>
 
 They come from training questions only. Writing the target beside the value makes the verdict a comparison of
-neighbours: without it the model said "yes" to one wrong value in six.
-
+neighbours: without it the model said "yes" to one wrong value in six. A first step stands once for all that follow from
+it, so that not trying the same again takes a memory of nine first steps instead of thirty attempts.
 """
 
 import json
@@ -38,11 +38,11 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-PERSISTENCE = 0.7  # probability of one more failing attempt before a trace hits or gives up
-HIT_SHARE = 0.5  # of the traces; the rest give up
+PERSISTENT_SHARE = 0.2  # of the traces: they go on until they hit
+GIVE_UP = 0.45  # probability, in the others, of giving up after a failing attempt
 LEARNING_RATE_MATRICES = 0.02  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW
-TRACES_PER_QUESTION = 8
+TRACES_PER_QUESTION = 2
 MICRO_BATCH_TOKENS = 2048
 
 
@@ -75,7 +75,7 @@ def example_groups(problems, rng: random.Random) -> Iterator[tuple[str, list[str
     while True:
         problem = problems[rng.randrange(len(problems))]
         attempts = all_attempts(problem["numbers"])
-        if any(value == problem["target"] for _, _, value in attempts):
+        if any(value == problem["target"] for group in attempts.values() for _, _, value in group):
             traces = [make_trace(attempts, problem["target"], rng) + "<|im_end|>" for _ in range(TRACES_PER_QUESTION)]
             yield countdown_task.render_prompt(problem, render), traces
 
@@ -88,34 +88,29 @@ class _PromptRenderer:
         return turns + "<|im_start|>assistant\n"
 
 
-def make_trace(attempts: list[tuple[str, str, int]], target: int, rng: random.Random) -> str:
-    """A response: some failing attempts, none twice, then one that hits, or a farewell."""
-    hits = [a for a in attempts if a[2] == target]
-    failures = [a for a in attempts if a[2] != target]
-    succeeds = rng.random() < HIT_SHARE
-    count = 0 if succeeds else 1
-    while count < len(failures) and rng.random() < PERSISTENCE:
-        count += 1
-    tried = rng.sample(failures, count)
-    lines = [f"\n {working}, want {target}: no" for _, working, _ in tried]
-    if succeeds:
-        answer, working, _ = rng.choice(hits)
-        lines.append(f"\n {working}, want {target}: yes")
-    else:
-        answer = tried[-1][0]
-        lines.append(", I give up")
-    return "".join(lines) + f"</think>\n<answer>{answer}</answer>"
+def make_trace(attempts: dict[str, list[tuple[str, str, int]]], target: int, rng: random.Random) -> str:
+    """A response: attempts in random order of their first steps, until one hits or the trace gives up."""
+    give_up = 0.0 if rng.random() < PERSISTENT_SHARE else GIVE_UP
+    text = ""
+    for first in rng.sample(list(attempts), len(attempts)):
+        text += f"\n {first}"
+        for answer, second, value in attempts[first]:
+            text += f"; {second}, want {target}: {'yes' if value == target else 'no'}"
+            gives_up = value != target and rng.random() < give_up
+            if value == target or gives_up:
+                return f"{text}{', I give up' if gives_up else ''}</think>\n<answer>{answer}</answer>"
+    raise AssertionError("no attempt hits")
 
 
-def all_attempts(numbers: list[int]) -> list[tuple[str, str, int]]:
-    """(expression, its working, value) of each way to combine three numbers in whole steps; a + b and b + a are one."""
-    attempts = []
+def all_attempts(numbers: list[int]) -> dict[str, list[tuple[str, str, int]]]:
+    """The ways to combine three numbers in whole steps: first step -> (expression, second step, value) of each."""
+    attempts = {}
     for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
         for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j]):
-            working = f"{inner} = {inner_value}"
-            for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k]):
-                expression, step = outer.replace("?", f"({inner})"), outer.replace("?", str(inner_value))
-                attempts.append((expression, f"{working}, {step} = {value}", value))
+            attempts[f"{inner} = {inner_value}"] = [
+                (outer.replace("?", f"({inner})"), f"{outer.replace('?', str(inner_value))} = {value}", value)
+                for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k])
+            ]
     return attempts
 
 
