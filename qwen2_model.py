@@ -252,6 +252,7 @@ class KVCache:
         self.keys_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.span = 0  # upper bound of the lengths, known without asking the device
 
     @staticmethod
@@ -284,7 +285,9 @@ class KVCache:
         device = self.lengths_B.device
         positions_BS = self.lengths_B[:batch_size, None] + torch.arange(num_tokens, device=device)
         rows_B1 = torch.arange(batch_size, device=device)[:, None]
-        visible_BSC = torch.arange(columns, device=device) <= positions_BS[:, :, None]
+        hidden_BSC = torch.arange(columns, device=device) > positions_BS[:, :, None]
+        bias_BSC = torch.zeros(hidden_BSC.shape, device=device, dtype=self.keys_LBKCD.dtype).masked_fill_(hidden_BSC, -torch.inf)
+        bias_B1QC = bias_BSC.repeat(1, self.heads_per_key, 1)[:, None]
 
         def attend(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
             keys_BKCD, values_BKCD = self.keys_LBKCD[layer, :batch_size], self.values_LBKCD[layer, :batch_size]
@@ -292,9 +295,8 @@ class KVCache:
             values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
             B, H, S, D = q_BHSD.shape
             K = k_BKSD.shape[1]
-            mask_B1QC = visible_BSC[:, None].expand(B, H // K, S, columns).reshape(B, 1, -1, columns)
             out_BKQD = F.scaled_dot_product_attention(
-                q_BHSD.reshape(B, K, -1, D), keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], attn_mask=mask_B1QC
+                q_BHSD.reshape(B, K, -1, D), keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], attn_mask=bias_B1QC
             )
             return out_BKQD.reshape(B, H, S, D)
 
