@@ -41,7 +41,8 @@ def parse_question(text: str) -> dict[str, Any]:
     """The problem that "3 5 7 = 22" stands for. Raises ValueError for what is not written so."""
     match = re.fullmatch(r"\s*([0-9]{1,9}(?:[\s,]+[0-9]{1,9})+)\s*=\s*(-?[0-9]{1,9})\s*", text)
     if match is None:
-        raise ValueError(f'{text[:80]!r} is not a question; write numbers, "=" and a target, for example "3 5 7 = 22"')
+        raise ValueError(f'{text[:80]!r} is not a question; write two numbers or more, "=" and a target, '
+                         'none above nine digits, for example "3 5 7 = 22"')
     return {"numbers": [int(number) for number in re.split(r"[\s,]+", match[1])], "target": int(match[2])}
 
 

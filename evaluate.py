@@ -66,8 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
     paths = [a for a in arguments.models if a not in overrides]
     try:
-        if not 1 <= len(paths) <= (1 if arguments.ask is not None or arguments.show else 2):
-            raise ValueError(f"{len(paths)} models were given; wanted one, or two to compare")
+        alone = arguments.ask is not None or arguments.show
+        if not 1 <= len(paths) <= (1 if alone else 2):
+            wanted = "one for --ask or --show" if alone else "one, or two to compare"
+            raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
         if arguments.show:
             show_samples(Path(paths[0]))
             return 0

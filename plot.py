@@ -98,7 +98,7 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
 def _label(panel: Axes, title: str, unit: str) -> None:
     panel.set_title(title)
     panel.set_ylabel(unit)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import json
 import math
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
+PAGE_COLUMNS = 110  # TensorBoard does not wrap what is set in a fixed width
 
 
 class RunLog:
@@ -59,7 +61,8 @@ class RunLog:
             return
         if name == "samples.jsonl":
             text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
-            shown = "\n".join("    " + printable(line) for line in text.split("\n"))  # indented: markdown leaves it alone
+            lines = [part for line in text.split("\n") for part in textwrap.wrap(printable(line), PAGE_COLUMNS) or [""]]
+            shown = "\n".join("    " + line for line in lines)  # indented: markdown leaves it alone
             self._board.add_text(f"samples/{record['kind']}", shown, record["step"])
             return
         for key, value in record.items():
