@@ -1,0 +1,99 @@
+"""The plan against what it is a plan of: weights counted, activations weighed, budgets kept."""
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from config import load_config
+from plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
+from qwen2_model import Qwen2Config, Transformer, attend_causally, packs_for_decoding
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_weights_are_counted_right(size):
+    # Catches: a bias, a norm or an untied head forgotten.
+    shape = find_shape(f"somewhere/Qwen2.5-{size}-Instruct")
+    with torch.device("meta"):
+        model = Transformer(shape)
+    assert num_weights(shape) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("checkpoint_layers", [0, 3, 7])
+def test_activations_are_what_autograd_keeps(checkpoint_layers):
+    # Catches: norms that keep no float32 input; checkpoint_layers and the rest exchanged; bytes of one dtype for the other.
+    shape = Qwen2Config(128, 192, 832, 7, 6, 2, 4096, 1e-6, 1e4, True)
+    model, tokens_1S = Transformer(shape).bfloat16(), torch.arange(640)[None] % 128
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_1SE = model.hidden_states(tokens_1S, tokens_1S, attend_causally, checkpoint_layers=checkpoint_layers)
+    inputs = checkpoint_layers * 640 * 192 * 2  # held by RunTwice itself
+    measured = (sum(size for _, size in kept.values()) + inputs + hidden_1SE.nbytes) / 640
+    planned = [activation_bytes_per_token(shape, torch.bfloat16, layers) for layers in range(8)]
+    layer = planned[1] - planned[2] + 2 * 192
+    in_flight = (1.5 if checkpoint_layers else 0.5) * layer  # of the backward pass, which has not begun
+    assert 0.8 < measured / (planned[checkpoint_layers] - in_flight) <= 1
+
+
+def small(*overrides: str):
+    return load_config("config_tiny.yaml", ["model.path=nowhere", *overrides])
+
+
+SHAPE = Qwen2Config(50_000, 512, 2048, 8, 8, 2, 4096, 1e-6, 1e4, True)
+
+
+def test_a_plan_stays_within_its_budget_and_uses_it():
+    # Catches: cache rows rounded up; checkpoint_layers that never grow; the prompts of the evaluation forgotten.
+    plans = [make_plan(small(f"model.memory_gib={g}", "training.micro_batch_tokens=4096"), SHAPE) for g in (2.0, 2.4, 40.0)]
+    for plan in plans:
+        assert max(sum(plan.rollout.values()), sum(plan.update.values())) <= plan.budget
+        assert plan.evaluation_cache_bytes <= plan.cache_bytes
+    assert plans[0].cache_rows < plans[1].cache_rows <= plans[2].cache_rows == 256
+    assert plans[0].checkpoint_layers > plans[1].checkpoint_layers >= plans[2].checkpoint_layers == 0
+
+
+def test_what_does_not_fit_names_the_setting_that_would():
+    # Catches: the remedy computed from the rollout alone.
+    with pytest.raises(ValueError, match=r"model\.memory_gib=0\.2") as error:
+        make_plan(small("model.memory_gib=0.2"), SHAPE)
+    needed = float(re.search(r"raise model.memory_gib by ([\d.]+)", str(error.value))[1])
+    make_plan(small(f"model.memory_gib={0.2 + needed + 0.1}", "training.micro_batch_tokens=704"), SHAPE)
+
+
+@pytest.mark.skipif(not packs_for_decoding("cpu", torch.bfloat16), reason="this CPU build has no oneDNN with bf16")
+def test_packed_weights_are_planned_for():
+    # Catches: the second copy of the weights that decodes in bf16 on the CPU left out.
+    parts = make_plan(small("model.dtype=bfloat16", "model.memory_gib=10.0"), SHAPE).rollout
+    assert parts["weights, packed for decoding"] == parts["weights"] == 2 * num_weights(SHAPE)
+    assert "weights, packed for decoding" not in make_plan(small("model.memory_gib=10.0"), SHAPE).rollout
+
+
+FREED = """
+import resource, torch, plan
+if {keep}:
+    plan.keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**26).fill_(1.0)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    # Catches: the two options of mallopt exchanged, or either left out.
+    faults = {}
+    for keep in (False, True):
+        result = subprocess.run([sys.executable, "-c", FREED.format(keep=keep)], capture_output=True, text=True, check=True)
+        faults[keep] = [int(line) for line in result.stdout.split()]
+    assert max(faults[True][2:]) < 100 < min(faults[False])  # 65,536 pages of 4 KiB
