@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         # To a gradient that stands already only the rows of these tokens are added, not a whole matrix around them; each row
         # once, summed in float32: added in bf16 token by token, a tied embedding's gradient was off by 11 %, so by 1.4 %.
         ids_U, places_BS = tokens_BS.unique(return_inverse=True)
-        return F.embedding(ids_U, weight_VE, sparse=True).float()[places_BS].to(weight_VE.dtype)
+        return F.embedding(places_BS, F.embedding(ids_U, weight_VE, sparse=True).float()).to(weight_VE.dtype)
 
     def hidden_states(
         self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0

@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if config.model.device == "cpu":
             keep_freed_memory()
+            torch.use_deterministic_algorithms(True)  # sums in one order, whatever the threads do: a resumed run is the same run
+            torch.utils.deterministic.fill_uninitialized_memory = False
         with lock_directory(Path(config.output_dir)):
             return Run(config, signals, resume=arguments.resume).train()
     except Interrupted:
