@@ -324,7 +324,7 @@ class Run:
         from warm_start import make_base_model
 
         steps = self.config.warm_start.steps
-        print(f"{directory} does not exist: making the small base model ({steps} supervised steps)")
+        print(f"{directory} does not exist: making the small base model ({steps} supervised steps, some minutes)")
         with tqdm(desc="warm start", total=steps, unit="step", leave=False, disable=None) as bar:
 
             def progress(step: int, loss: float) -> None:

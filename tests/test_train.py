@@ -247,6 +247,19 @@ def test_what_may_not_change_is_refused_by_name(two_steps, change, capsys):
     assert change.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread adds in one order anyhow")
+def test_two_runs_of_one_seed_are_equal_whatever_the_threads_do(tmp_path):
+    # Catches: `use_deterministic_algorithms` dropped: at this size several threads add to one place in the order they come.
+    results = []
+    for name in ("one", "other"):
+        directory = tmp_path / name
+        settings = ["warm_start.steps=12", "training.max_steps=1", "data.test_size=16", "training.max_gen_len=64"]
+        subprocess.run([sys.executable, "train.py", "--config", "config_tiny.yaml", f"output_dir={directory}/run",
+                        f"model.path={directory}/base", *settings], cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+        results.append((directory / "base" / "model.safetensors").read_bytes() + (directory / "run" / "metrics.jsonl").read_bytes())
+    assert results[0] == results[1]
+
+
 # ---------------------------------------------------------------- numbers that go wrong
 
 
