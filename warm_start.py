@@ -5,7 +5,7 @@ its own attempts honestly, but gives up too early to win often. That last habit 
 
 The traces it imitates try what two of the numbers give, with each use of the third, in random order; most give up:
 
-     3 + 5 = 8; 8 + 7 = 15, want 6: no; 8 - 7 = 1, want 6: no; 8 * 7 = 56, want 6: no
+     3 + 5 = 8; 8 + 7 = 15, want 6: no; 8 - 7 = 1, want 6: no
      7 - 5 = 2; 2 + 3 = 5, want 6: no, I give up</think>
     <answer>(7 - 5) + 3</answer>
 
