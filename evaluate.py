@@ -28,7 +28,7 @@ from data_types import Episode, Question, Reward
 from generate import log_probs, sample
 from grpo import rollout
 from metrics import compare_models, model_summary
-from plan import keep_freed_memory
+from plan import prepare_process
 from qwen2_model import KVCache, Transformer, packed_for_decoding
 from runlog import printable
 from tasks import guard_reward, load_task, make_question
@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = [a for a in arguments.models if a not in overrides]
     try:
         alone = arguments.ask is not None or arguments.show
+        if alone and (arguments.json or arguments.samples != 1):
+            raise ValueError("--samples and --json belong to the held-out questions; leave them out with --ask or --show")
         if not 1 <= len(paths) <= (1 if alone else 2):
             wanted = "one for --ask or --show" if alone else "one, or two to compare"
             raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
@@ -76,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         located = [locate_model(path) for path in paths]
         own_configs = [config for _, config in located if config]
         config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
-        if config.model.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
-        if config.model.device == "cpu":
-            keep_freed_memory()
+        prepare_process(config.model.device)
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
             ask(config, directories[0], arguments.ask)

@@ -7,7 +7,7 @@ How this departs from the GRPO of DeepSeekMath (arXiv:2402.03300), and why:
 4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering), but not out of the
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
-Dimension key: N questions, M answers a question, P response tokens, E hidden size, V vocabulary.
+Dimension key: N questions, M answers a question, P response tokens, C of a chunk, R of a block, E hidden size, V vocabulary.
 """
 
 import math
@@ -23,10 +23,12 @@ from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# float32 logits of one chunk of the loss; their log-probabilities and gradient come on top. Each chunk adds to the head's gradient
-# once. In bf16 that rounds: over 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where
-# the products themselves leave 1.3 %; a gradient is noisier than that by far.
+# Logits of one chunk of the loss, counted in float32. Each chunk adds to the head's gradient once. In bf16 that rounds: over
+# 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where the products themselves leave
+# 1.3 %; a gradient is noisier than that by far.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
+# Of a chunk, so much at a time becomes log-probabilities in float32 and then its gradient: on the CPU it stays in the cache.
+LOGIT_BLOCK_BYTES = {"cpu": 5 * 1000**2, "cuda": 40 * 1000**2}
 
 
 def rollout(
@@ -112,27 +114,28 @@ def token_loss(
 
     The loss is linear in the log-probabilities, so the gradient of a chunk is known as soon as its logits are,
         d loss / d logits_p = c_p (onehot(target_p) - π_p) / temperature:
-    it is taken on the spot, and nothing is kept or computed again.
+    it is taken on the spot, where the logits stand if they have its dtype, and nothing is kept or computed again.
 
-    project(hidden) -> logits (P, V), float32. Adds the head's gradient to grad_head_VE in place, because another matrix
-    of its size would be the largest thing in memory. Returns the loss (scalar), log π(target_p) (P,) float32, and the
-    gradient of hidden_PE.
+    project(hidden) -> logits (P, V), to be overwritten. Adds the head's gradient to grad_head_VE in place, because another
+    matrix of its size would be the largest thing in memory. Returns the loss (scalar), log π(target_p) (P,) float32, and
+    the gradient of hidden_PE.
     """
-    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * head_VE.shape[0]))
-    grad_hidden_PE, logprobs = torch.empty_like(hidden_PE), []
-    for hidden_CE, targets_C, coefficients_C, grad_hidden_CE in zip(
-        *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, grad_hidden_PE)), strict=True
-    ):
-        log_probs_CV = log_probs(project(hidden_CE), temperature, vocab_size)
-        targets_C1 = targets_C[:, None]
-        logprobs.append(log_probs_CV.gather(1, targets_C1)[:, 0])
-        scale_C1 = coefficients_C[:, None].to(log_probs_CV.dtype) / temperature
-        grad_CV = log_probs_CV.exp_().mul_(-scale_C1).scatter_add_(1, targets_C1, scale_C1).to(head_VE.dtype)
-        del log_probs_CV  # what is large dies before its successor is made
-        torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
-        grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
-        del grad_CV
-    logprobs_P = torch.cat(logprobs)
+    rows, block = (max(1, size[head_VE.device.type] // (4 * head_VE.shape[0])) for size in (LOGIT_CHUNK_BYTES, LOGIT_BLOCK_BYTES))
+    dtype = torch.promote_types(head_VE.dtype, torch.float32)
+    grad_hidden_PE, logprobs_P = torch.empty_like(hidden_PE), hidden_PE.new_empty(len(hidden_PE), dtype=dtype)
+    scales_P = coefficients_P.to(dtype) / temperature
+    for chunk in (slice(first, first + rows) for first in range(0, len(hidden_PE), rows)):
+        logits_CV = project(hidden_PE[chunk])
+        grad_CV = logits_CV if logits_CV.dtype == head_VE.dtype else torch.empty_like(logits_CV, dtype=head_VE.dtype)
+        columns = (logits_CV, grad_CV, targets_P[chunk, None], scales_P[chunk, None], logprobs_P[chunk, None])
+        for logits_RV, grad_RV, targets_R1, scales_R1, logprobs_R1 in zip(*(t.split(block) for t in columns), strict=True):
+            log_probs_RV = log_probs(logits_RV.to(dtype), temperature, vocab_size)
+            logprobs_R1.copy_(log_probs_RV.gather(1, targets_R1))
+            grad_RV.copy_(log_probs_RV.exp_().mul_(-scales_R1).scatter_add_(1, targets_R1, scales_R1))
+            del log_probs_RV  # what is large dies before its successor is made
+        torch.mm(grad_CV, head_VE, out=grad_hidden_PE[chunk])
+        grad_head_VE.addmm_(grad_CV.t(), hidden_PE[chunk])
+        del columns, logits_CV, logits_RV, grad_CV, grad_RV
     return (coefficients_P * logprobs_P).sum(), logprobs_P, grad_hidden_PE
 
 
@@ -225,8 +228,11 @@ def update_policy(
 def clip_gradient(model: Transformer, max_norm: float) -> float:
     """Scale the gradient down to max_norm; returns its norm before, taken in float32 whatever the weights' dtype."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    pieces = (piece for grad in grads for piece in grad.view(-1).split(2**20))  # each is copied as float32
-    norm = float(torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]).norm())
+    pieces = [piece for grad in grads for piece in grad.view(-1).split(2**20)]  # each is copied as float32
+    norms = torch.empty(len(pieces), device=grads[0].device)  # in place: results of their own would lie between the copies
+    for i, piece in enumerate(pieces):
+        torch.linalg.vector_norm(piece, dtype=torch.float32, out=norms[i])
+    norm = float(torch.linalg.vector_norm(norms))
     if norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-PIECE = 2**21  # weights updated at a time: bounds the float32 temporaries, and what is in transit when offloaded
+# Weights updated at a time: bounds the float32 temporaries, which fit into a CPU's cache, and what is in transit when offloaded.
+PIECE = {"cpu": 2**18, "cuda": 2**21}
 IN_TRANSIT = 3  # pieces on the device at once when offloaded: one fetched, one computed, one written back
 
 
@@ -96,8 +97,9 @@ class AdamW:
                 weights, grads = p.detach().view(-1), p.grad.reshape(-1)
             else:
                 weights, grads = p.detach().view(-1), torch.zeros_like(p).view(-1)
-            for start in range(0, p.numel(), PIECE):
-                yield offset + start, weights[start : start + PIECE], grads[start : start + PIECE]
+            size = PIECE[p.device.type]
+            for start in range(0, p.numel(), size):
+                yield offset + start, weights[start : start + size], grads[start : start + size]
             offset += p.numel()
 
     def _update(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None) -> Tensor:
@@ -109,12 +111,12 @@ class AdamW:
         scale = (exp_avg_sq.sqrt() / (1 - beta2**self.steps) ** 0.5).add_(self.eps)
         master = weight if low is None else join_bits(weight, low)
         updated = (master * (1 - self.lr * self.weight_decay)).addcdiv_(exp_avg, scale, value=-self.lr / (1 - beta1**self.steps))
-        changed = (updated != master).sum()
+        changed = torch.count_nonzero(updated != master)
         if low is None:
             weight.copy_(updated)
             return torch.stack((changed, changed))
         high, new_low = split_bits(updated)
-        changed_stored = (high != weight).sum()
+        changed_stored = torch.count_nonzero(high != weight)
         weight.copy_(high)
         low.copy_(new_low)
         return torch.stack((changed_stored, changed))

@@ -102,7 +102,10 @@ def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Att
 
 
 def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
-    """Runs of like length form a batch, so that a long one does not stretch them all."""
+    """Runs of like length form a batch, so that a long one does not stretch them all.
+
+    As in the KV cache, the query heads that share a key head are folded into the query length.
+    """
     batches: dict[int, list[Run]] = {}
     for run in runs:
         batches.setdefault(run.length.bit_length(), []).append(run)
@@ -117,10 +120,13 @@ def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
         (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
         outputs = []
         for own_GQ, keys_GC, mask_G1QC in layouts:
+            G, Q = own_GQ.shape
             q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
-            k_GHCD, v_GHCD = (x[0][:, keys_GC].transpose(0, 1).repeat_interleave(H // K, dim=1) for x in (k_1KSD, v_1KSD))
-            out_GHQD = F.scaled_dot_product_attention(q_GHQD, k_GHCD, v_GHCD, attn_mask=mask_G1QC)
-            outputs.append(out_GHQD.transpose(0, 1).reshape(1, H, -1, D))
+            k_GKCD, v_GKCD = (x[0][:, keys_GC].transpose(0, 1) for x in (k_1KSD, v_1KSD))
+            out_GKXD = F.scaled_dot_product_attention(
+                q_GHQD.reshape(G, K, -1, D), k_GKCD, v_GKCD, attn_mask=mask_G1QC.repeat(1, 1, H // K, 1)
+            )  # X = R * Q
+            outputs.append(out_GKXD.view(G, H, Q, D).transpose(0, 1).reshape(1, H, -1, D))
         return torch.cat(outputs, dim=2)[:, :, back_S]
 
     return attend

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from grpo import LOGIT_CHUNK_BYTES
+from grpo import LOGIT_BLOCK_BYTES, LOGIT_CHUNK_BYTES
 from optimizer import IN_TRANSIT, PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config, packs_for_decoding
 
@@ -20,7 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
 STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
-CHUNK_BUFFERS = 2.5  # likewise of a chunk of the loss: logits, log-probabilities, and the gradient in the weights' dtype
+CHUNK_BUFFERS, BLOCK_BUFFERS = 1.5, 2  # of the loss: logits of a chunk and their gradient; logits of a block and what follows
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
@@ -60,7 +60,7 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     weights = num_weights(shape) * dtype.itemsize
     state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype)
     offloaded = config.optimizer.offload and config.model.device == "cuda"
-    piece = min(PIECE, num_weights(shape))
+    piece = min(PIECE[config.model.device], num_weights(shape))
     in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
     fixed = {"weights": weights, "optimizer state": 0 if offloaded else state}
     if config.model.device == "cuda":
@@ -78,8 +78,9 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     more_prompts = prompt_bytes * max(0, config.data.test_size - training.num_questions_per_batch)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
+    chunk, block = LOGIT_CHUNK_BYTES[config.model.device], LOGIT_BLOCK_BYTES[config.model.device]
     update = fixed | {"gradients": weights,
-                      "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[config.model.device],
+                      "loss chunk": CHUNK_BUFFERS * chunk + BLOCK_BUFFERS * block,
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
@@ -107,14 +108,22 @@ def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoin
     return kept + again + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks that are freed, for the next ones, instead of handing them back to the kernel.
+def prepare_process(device: str) -> None:
+    """What a process must be told before it computes. Raises ValueError if there is no such device.
 
-    A CPU run frees and asks for the same hundreds of megabytes in every step; getting each page anew from the kernel took
-    as long as the arithmetic (bench/LOG.md). Where the C library is another one, nothing changes.
+    On the CPU: sum in one order whatever the threads do, so that two runs of one seed are the same run; and keep large blocks
+    that are freed for the next ones instead of handing them back to the kernel: every step frees and asks for the same
+    hundreds of megabytes, and getting each page anew took as long as the arithmetic (bench/LOG.md).
     """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu, or --config config_tiny.yaml")
+        return
+    # This is use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB.
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # glibc
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
 

@@ -344,20 +344,20 @@ class Transformer(nn.Module):
         return self.model.norm(x_BSE)
 
     def logits(self, hidden_PE: Tensor) -> Tensor:
-        """Vocabulary logits (P, V) in float32.
+        """Vocabulary logits (P, V), as the product gives them: in float32, but for a bf16 model on the CPU.
 
         On CUDA the product itself accumulates and returns float32. The CPU has no such product: there the logits of a
         bf16 model carry bf16 rounding, the same in sampling and in training.
         """
         if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
             return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32)
-        return project(hidden_PE, self.head_weight_VE).float()
+        return project(hidden_PE, self.head_weight_VE)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, causal; padding on the right changes nothing to its left."""
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         hidden_BTE = self.hidden_states(tokens_BT, positions_BT, attend_causally)
-        return self.logits(hidden_BTE.flatten(0, 1)).view(*tokens_BT.shape, -1)
+        return self.logits(hidden_BTE.flatten(0, 1)).float().view(*tokens_BT.shape, -1)
 
     def next_token_logits(self, tokens_BL: Tensor, cache: KVCache, *, lengths_B: Tensor | None = None) -> Tensor:
         """Append L tokens to each row of the cache and return the logits (B, V), float32, of what comes next.
@@ -370,10 +370,10 @@ class Transformer(nn.Module):
         hidden_BLE = self.hidden_states(tokens_BL, positions_BL, attend)
         if lengths_B is None:
             cache.lengths_B[:B] += L
-            return self.logits(hidden_BLE[:, -1])
+            return self.logits(hidden_BLE[:, -1]).float()
         cache.lengths_B[:B] += lengths_B
         last_B = (lengths_B - 1).clamp(min=0)
-        return self.logits(hidden_BLE[torch.arange(B, device=last_B.device), last_B])
+        return self.logits(hidden_BLE[torch.arange(B, device=last_B.device), last_B]).float()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device, dtype: torch.dtype) -> "Transformer":

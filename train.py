@@ -38,7 +38,7 @@ from evaluate import evaluate, seeded_generator
 from grpo import episode_advantages, rollout, update_policy
 from metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from optimizer import AdamW
-from plan import GIB, find_shape, keep_freed_memory, make_plan
+from plan import GIB, find_shape, make_plan, prepare_process
 from qwen2_model import Qwen2Config, Transformer
 from runlog import RunLog
 from tasks import guard_reward, load_task, make_question
@@ -95,10 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             print(make_plan(config, find_shape(config.model.path)).table())
             return 0
-        if config.model.device == "cpu":
-            keep_freed_memory()
-            torch.use_deterministic_algorithms(True)  # sums in one order, whatever the threads do: a resumed run is the same run
-            torch.utils.deterministic.fill_uninitialized_memory = False
+        prepare_process(config.model.device)
         with lock_directory(Path(config.output_dir)):
             return Run(config, signals, resume=arguments.resume).train()
     except Interrupted:
@@ -115,8 +112,6 @@ class Run:
     def __init__(self, config: Config, signals: SignalWatch, *, resume: bool):
         self.config, self.signals, self.directory = config, signals, Path(config.output_dir)
         self.checkpoints = self.directory / "checkpoints"
-        if config.model.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("model.device=cuda, but no CUDA device is here; train on the CPU with --config config_tiny.yaml")
         has_run = (self.directory / "config.yaml").exists()
         if has_run and not resume:
             raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
@@ -330,7 +325,8 @@ class Run:
             def progress(step: int, loss: float) -> None:
                 self.signals.check()
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}")
+                if step % 100 == 99:
+                    tqdm.write(f"supervised step {step + 1} of {steps}: loss {loss:.3f}")
 
             make_base_model(self.config, progress=progress)
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data_types import Question, Reward
-from plan import PUBLISHED, find_shape, keep_freed_memory
+from plan import PUBLISHED, find_shape, prepare_process
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(
@@ -21,7 +21,6 @@ TINY = Qwen2Config(
     max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
 )  # fmt: skip
 SHAPES = ["tiny", *PUBLISHED]
-keep_freed_memory()
 IMPORTED_BYTES = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
 
 
@@ -41,6 +40,7 @@ def work_parser() -> argparse.ArgumentParser:
 
 
 def random_model(shape: str, *, device: str, dtype: torch.dtype) -> Transformer:
+    prepare_process(device)
     config = TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}")
     with torch.device("meta"):
         model = Transformer(config)

@@ -343,10 +343,11 @@ class TokenLoss(torch.autograd.Function):
         return grad_hidden_PE * grad_output, grad_head_VE * grad_output, None, None
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-def test_token_loss_gradcheck(chunk_rows, monkeypatch):
-    # Catches: `.mul_(-scale_C1)` -> `.mul_(scale_C1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
+@pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (3, 2), (3, 100), (100, 2), (100, 100)])
+def test_token_loss_gradcheck(chunk_rows, block_rows, monkeypatch):
+    # Catches: `.mul_(-scales_R1)` -> `.mul_(scales_R1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
+    monkeypatch.setitem(grpo.LOGIT_BLOCK_BYTES, "cpu", block_rows * 4 * 13)
     generator = torch.Generator().manual_seed(0)
     hidden_PE = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     head_VE = torch.randn(13, 5, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -138,7 +138,7 @@ def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
     whole, parts = random_params(dtype), random_params(dtype)
     wanted = AdamW(whole, **SETTINGS)
     wanted_changes = take_steps(wanted, whole, range(4))
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setitem(module.PIECE, "cpu", piece)
     got = AdamW(parts, **SETTINGS)
     changes = take_steps(got, parts, range(4))
     assert_equal(parts, whole)
@@ -273,7 +273,7 @@ def test_offload_changes_nothing_on_a_cpu():
 @pytest.mark.parametrize("piece", [5, 2**23])
 def test_offload_changes_nothing_on_cuda(piece, dtype, monkeypatch):
     # Would catch: `down.wait_event(...)` dropped, so that a piece is written back before it is computed.
-    monkeypatch.setattr(module, "PIECE", piece)  # 5: dozens of pieces are in transit one after another
+    monkeypatch.setitem(module.PIECE, "cuda", piece)  # 5: dozens of pieces are in transit one after another
     ours, offloaded = random_params(dtype, "cuda"), random_params(dtype, "cuda")
     resident, streamed = AdamW(ours, **SETTINGS), AdamW(offloaded, **SETTINGS, offload=True)
     assert take_steps(resident, ours, range(5)) == take_steps(streamed, offloaded, range(5))

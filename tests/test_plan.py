@@ -81,7 +81,7 @@ def test_packed_weights_are_planned_for():
 FREED = """
 import resource, torch, plan
 if {keep}:
-    plan.keep_freed_memory()
+    plan.prepare_process("cpu")
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(2**26).fill_(1.0)

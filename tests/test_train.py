@@ -249,7 +249,7 @@ def test_what_may_not_change_is_refused_by_name(two_steps, change, capsys):
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread adds in one order anyhow")
 def test_two_runs_of_one_seed_are_equal_whatever_the_threads_do(tmp_path):
-    # Catches: `use_deterministic_algorithms` dropped: at this size several threads add to one place in the order they come.
+    # Catches: `set_deterministic_debug_mode` dropped: at this size several threads add to one place in the order they come.
     results = []
     for name in ("one", "other"):
         directory = tmp_path / name
