@@ -120,23 +120,36 @@ def token_loss(
     matrix of its size would be the largest thing in memory. Returns the loss (scalar), log π(target_p) (P,) float32, and
     the gradient of hidden_PE.
     """
-    rows, block = (max(1, size[head_VE.device.type] // (4 * head_VE.shape[0])) for size in (LOGIT_CHUNK_BYTES, LOGIT_BLOCK_BYTES))
-    dtype = torch.promote_types(head_VE.dtype, torch.float32)
-    grad_hidden_PE, logprobs_P = torch.empty_like(hidden_PE), hidden_PE.new_empty(len(hidden_PE), dtype=dtype)
-    scales_P = coefficients_P.to(dtype) / temperature
-    for chunk in (slice(first, first + rows) for first in range(0, len(hidden_PE), rows)):
-        logits_CV = project(hidden_PE[chunk])
-        grad_CV = logits_CV if logits_CV.dtype == head_VE.dtype else torch.empty_like(logits_CV, dtype=head_VE.dtype)
-        columns = (logits_CV, grad_CV, targets_P[chunk, None], scales_P[chunk, None], logprobs_P[chunk, None])
-        for logits_RV, grad_RV, targets_R1, scales_R1, logprobs_R1 in zip(*(t.split(block) for t in columns), strict=True):
-            log_probs_RV = log_probs(logits_RV.to(dtype), temperature, vocab_size)
-            logprobs_R1.copy_(log_probs_RV.gather(1, targets_R1))
-            grad_RV.copy_(log_probs_RV.exp_().mul_(-scales_R1).scatter_add_(1, targets_R1, scales_R1))
-            del log_probs_RV  # what is large dies before its successor is made
-        torch.mm(grad_CV, head_VE, out=grad_hidden_PE[chunk])
-        grad_head_VE.addmm_(grad_CV.t(), hidden_PE[chunk])
-        del columns, logits_CV, logits_RV, grad_CV, grad_RV
+    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * head_VE.shape[0]))
+    grad_hidden_PE = torch.empty_like(hidden_PE)
+    logprobs_P = hidden_PE.new_empty(len(hidden_PE), dtype=torch.promote_types(head_VE.dtype, torch.float32))
+    for hidden_CE, targets_C, coefficients_C, logprobs_C, grad_hidden_CE in zip(
+        *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, logprobs_P, grad_hidden_PE)), strict=True
+    ):
+        grad_CV = _logits_gradient(project(hidden_CE), targets_C, coefficients_C, logprobs_C, dtype=head_VE.dtype,
+                                   temperature=temperature, vocab_size=vocab_size)
+        torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
+        grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
+        del grad_CV  # what is large dies before its successor is made
     return (coefficients_P * logprobs_P).sum(), logprobs_P, grad_hidden_PE
+
+
+def _logits_gradient(
+    logits_CV: Tensor, targets_C: Tensor, coefficients_C: Tensor, logprobs_C: Tensor, *,
+    dtype: torch.dtype, temperature: float, vocab_size: int,
+) -> Tensor:
+    """d loss / d logits (C, V) in `dtype`, written over the logits where that is theirs; fills logprobs_C."""
+    rows = max(1, LOGIT_BLOCK_BYTES[logits_CV.device.type] // (4 * logits_CV.shape[1]))
+    grad_CV = logits_CV if logits_CV.dtype == dtype else torch.empty_like(logits_CV, dtype=dtype)
+    scales_C = coefficients_C.to(logprobs_C.dtype) / temperature
+    for logits_RV, targets_R1, scales_R1, logprobs_R1, grad_RV in zip(
+        *(t.split(rows) for t in (logits_CV, targets_C[:, None], scales_C[:, None], logprobs_C[:, None], grad_CV)), strict=True
+    ):
+        log_probs_RV = log_probs(logits_RV.to(logprobs_C.dtype), temperature, vocab_size)
+        logprobs_R1.copy_(log_probs_RV.gather(1, targets_R1))
+        grad_RV.copy_(log_probs_RV.exp_().mul_(-scales_R1).scatter_add_(1, targets_R1, scales_R1))
+        del log_probs_RV
+    return grad_CV
 
 
 def zero_gradient(model: Transformer) -> None:
