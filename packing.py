@@ -115,18 +115,21 @@ def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
         layouts.append((own_GQ, keys_GC, mask_G1QC))
         back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
         offset += own_GQ.numel()
+    biases: list[Tensor] = []  # 0, or -inf where a query must not look; made by the first layer for all
 
     def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
         (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
+        if not biases:
+            for _, _, mask_G1QC in layouts:
+                bias_G1QC = torch.zeros(mask_G1QC.shape, dtype=q_1HSD.dtype).masked_fill_(~mask_G1QC, -torch.inf)
+                biases.append(bias_G1QC.repeat(1, 1, H // K, 1))
         outputs = []
-        for own_GQ, keys_GC, mask_G1QC in layouts:
+        for (own_GQ, keys_GC, _), bias_G1XC in zip(layouts, biases, strict=True):  # X = R * Q
             G, Q = own_GQ.shape
             q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
             k_GKCD, v_GKCD = (x[0][:, keys_GC].transpose(0, 1) for x in (k_1KSD, v_1KSD))
-            out_GKXD = F.scaled_dot_product_attention(
-                q_GHQD.reshape(G, K, -1, D), k_GKCD, v_GKCD, attn_mask=mask_G1QC.repeat(1, 1, H // K, 1)
-            )  # X = R * Q
-            outputs.append(out_GKXD.view(G, H, Q, D).transpose(0, 1).reshape(1, H, -1, D))
+            out_GKXD = F.scaled_dot_product_attention(q_GHQD.reshape(G, K, -1, D), k_GKCD, v_GKCD, attn_mask=bias_G1XC)
+            outputs.append(out_GKXD.reshape(G, H, Q, D).transpose(0, 1).reshape(1, H, -1, D))
         return torch.cat(outputs, dim=2)[:, :, back_S]
 
     return attend

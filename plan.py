@@ -83,6 +83,9 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
                       "loss chunk": CHUNK_BUFFERS * chunk + BLOCK_BUFFERS * block,
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
+    if config.model.device == "cpu":
+        heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
+        update["attention mask"] = tokens * heads_per_key * (PROMPT_TOKENS + training.max_gen_len) * dtype.itemsize
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
         activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers)
         if sum(update.values()) + activations <= budget:

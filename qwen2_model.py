@@ -344,10 +344,10 @@ class Transformer(nn.Module):
         return self.model.norm(x_BSE)
 
     def logits(self, hidden_PE: Tensor) -> Tensor:
-        """Vocabulary logits (P, V), as the product gives them: in float32, but for a bf16 model on the CPU.
+        """Vocabulary logits (P, V), as the product gives them.
 
-        On CUDA the product itself accumulates and returns float32. The CPU has no such product: there the logits of a
-        bf16 model carry bf16 rounding, the same in sampling and in training.
+        On CUDA, without autograd, it accumulates and returns float32 whatever the weights' dtype. The CPU has no such
+        product: there the logits of a bf16 model are bf16, the same in sampling and in training.
         """
         if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
             return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32)

@@ -359,6 +359,30 @@ def test_token_loss_gradcheck(chunk_rows, block_rows, monkeypatch):
     torch.testing.assert_close(total, (coefficients_P * wanted_P).sum())
 
 
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_token_loss_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
+    # As on CUDA. Catches: `grad_CV = logits_CV` whatever the dtypes; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
+    monkeypatch.setitem(grpo.LOGIT_BLOCK_BYTES, "cpu", budget)
+    generator = torch.Generator().manual_seed(1)
+    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16() for n in (7, 13))
+    targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator)
+    grad_head_VE = torch.zeros_like(head_VE)
+    loss, logprobs_P, grad_hidden_PE = token_loss(
+        hidden_PE, head_VE, targets_P, coefficients_P, grad_head_VE,
+        project=lambda h: h.float() @ head_VE.float().t(), temperature=0.6, vocab_size=11,
+    )  # fmt: skip
+    exact_hidden, exact_head = (t.double().requires_grad_() for t in (hidden_PE, head_VE))
+    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
+    wanted = (coefficients_P * wanted_P).sum()
+    wanted.backward()
+    assert logprobs_P.dtype == torch.float32
+    torch.testing.assert_close(logprobs_P.double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    for got, exact in ((grad_hidden_PE, exact_hidden.grad), (grad_head_VE, exact_head.grad)):
+        assert float((got.double() - exact).norm() / exact.norm()) < 0.01
+
+
 # --- from the rollout to the update
 
 

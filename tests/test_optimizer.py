@@ -147,6 +147,15 @@ def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
         assert a == pytest.approx(b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_becomes_nan_has_changed(dtype):
+    # Catches: `updated != master` -> `(updated - master).abs() > 0`.
+    weight = torch.nn.Parameter(torch.ones(16, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[3] = torch.nan
+    assert AdamW([weight], lr=1e-3).step() == (1 / 16, 1 / 16)
+
+
 def test_a_gradient_that_is_not_contiguous_is_read_in_order():
     ours, theirs = random_params(), random_params()
     for params, optimizer in ((ours, AdamW(ours, **SETTINGS)), (theirs, torch.optim.AdamW(theirs, **SETTINGS))):
