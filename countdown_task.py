@@ -1,6 +1,6 @@
 """Countdown: combine every given number once, with + - * /, into the target.
 
-A task is the three functions that tasks.py describes; parse_question lets a person ask by evaluate.py --ask.
+A task is the three functions that harness/tasks.py describes; parse_question lets a person ask by evaluate.py --ask.
 """
 
 import json

@@ -22,16 +22,16 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoints, find_damage
-from config import Config, load_config
 from data_types import Episode, Question, Reward
 from generate import log_probs, sample
 from grpo import rollout
-from metrics import compare_models, model_summary
-from plan import prepare_process
+from harness.checkpoint import checkpoints, find_damage
+from harness.config import Config, load_config
+from harness.logs import printable
+from harness.metrics import compare_models, model_summary
+from harness.plan import prepare_process
+from harness.tasks import guard_reward, load_task, make_question
 from qwen2_model import KVCache, Transformer, packed_for_decoding
-from runlog import printable
-from tasks import guard_reward, load_task, make_question
 from tokenizer import Tokenizer
 
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"

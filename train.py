@@ -23,7 +23,10 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from checkpoint import (
+from data_types import Question, UpdateStats
+from evaluate import evaluate, seeded_generator
+from grpo import episode_advantages, rollout, update_policy
+from harness.checkpoint import (
     checkpoint_path,
     checkpoints,
     find_damage,
@@ -32,16 +35,13 @@ from checkpoint import (
     remove_half_written,
     save_checkpoint,
 )
-from config import Config, load_config
-from data_types import Question, UpdateStats
-from evaluate import evaluate, seeded_generator
-from grpo import episode_advantages, rollout, update_policy
-from metrics import evaluation_metrics, pick_samples, smells, step_metrics
+from harness.config import Config, load_config
+from harness.logs import RunLog
+from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
+from harness.plan import GIB, find_shape, make_plan, prepare_process
+from harness.tasks import guard_reward, load_task, make_question
 from optimizer import AdamW
-from plan import GIB, find_shape, make_plan, prepare_process
 from qwen2_model import Qwen2Config, Transformer
-from runlog import RunLog
-from tasks import guard_reward, load_task, make_question
 from tokenizer import Tokenizer
 
 # What a resumed run may not change: it would no longer be the same run.

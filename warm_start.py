@@ -26,9 +26,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 import countdown_task
-from config import Config
 from data_types import Episode, Reward
 from grpo import accumulate_gradient, zero_gradient
+from harness.config import Config
 from packing import pack_rows
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data_types import Question, Reward
-from plan import PUBLISHED, find_shape, prepare_process
+from harness.plan import PUBLISHED, find_shape, prepare_process
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(

@@ -23,7 +23,7 @@ from common import (
 )
 
 from grpo import rollout
-from plan import num_weights
+from harness.plan import num_weights
 from qwen2_model import KVCache
 
 

@@ -15,8 +15,8 @@ from common import matrix_rate, peak_bytes, random_model, synchronize, work_pars
 
 from data_types import Episode, Reward
 from grpo import update_policy
+from harness.plan import num_weights
 from optimizer import AdamW
-from plan import num_weights
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import Config, WarmStartConfig, load_config
+from harness.config import Config, WarmStartConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.name for path in ROOT.glob("config*.yaml"))

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import DataConfig
 from countdown_task import load_problems, reward_function
 from data_types import Reward
+from harness.config import DataConfig
 
 PUBLISHED = Path(__file__).parent.parent / "../shared/countdown/countdown_cd3_test.jsonl"
 LIMIT_SECONDS = 0.010  # of one call of the reward, whatever the text

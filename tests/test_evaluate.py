@@ -12,7 +12,7 @@ import yaml
 import evaluate
 from data_types import Episode, Question, Reward, UpdateStats
 from generate import generate
-from metrics import evaluation_metrics, step_metrics
+from harness.metrics import evaluation_metrics, step_metrics
 from tokenizer import Tokenizer
 from warm_start import make_tokenizer, new_model
 

@@ -10,7 +10,7 @@ import torch
 import evaluate
 import train
 from examples import gsm8k_task
-from tasks import load_task
+from harness.tasks import load_task
 from tokenizer import Tokenizer
 from warm_start import make_tokenizer, new_model
 

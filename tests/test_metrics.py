@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from data_types import Episode, Reward, UpdateStats
-from metrics import (
+from harness.metrics import (
     compare_models,
     evaluation_metrics,
     model_summary,

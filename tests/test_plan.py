@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from config import load_config
-from plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
+from harness.config import load_config
+from harness.plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
 from qwen2_model import Qwen2Config, Transformer, attend_causally, packs_for_decoding
 
 
@@ -79,7 +79,8 @@ def test_packed_weights_are_planned_for():
 
 
 FREED = """
-import resource, torch, plan
+import resource, torch
+from harness import plan
 if {keep}:
     plan.prepare_process("cpu")
 for _ in range(8):

@@ -9,7 +9,7 @@ import pytest
 
 import countdown_task
 from data_types import Question, Reward
-from tasks import guard_reward, load_task, make_question
+from harness.tasks import guard_reward, load_task, make_question
 
 PROBLEM = {"numbers": [3, 5, 7], "target": 22}
 

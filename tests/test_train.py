@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import train
 from data_types import Reward
+from harness import checkpoint
 from qwen2_model import Transformer
 from tests import letters_task
 

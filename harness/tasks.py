@@ -30,7 +30,7 @@ def load_task(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(f"task={name!r}: {error}; it must be a Python file in this directory, without the .py") from None
     if missing := [f for f in FUNCTIONS if not callable(getattr(task, f, None))]:
-        raise ValueError(f"task={name!r} lacks {', '.join(missing)}; tasks.py says what each does")
+        raise ValueError(f"task={name!r} lacks {', '.join(missing)}; harness/tasks.py says what each does")
     return task
 
 

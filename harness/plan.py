@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from config import Config
 from grpo import LOGIT_BLOCK_BYTES, LOGIT_CHUNK_BYTES
+from harness.config import Config
 from optimizer import IN_TRANSIT, PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config, packs_for_decoding
 

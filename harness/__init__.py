@@ -1,0 +1,1 @@
+"""What makes a run safe and observable; the algorithm knows nothing of it."""
