@@ -3,15 +3,19 @@
 A task is the three functions that harness/tasks.py describes; parse_question lets a person ask by evaluate.py --ask.
 """
 
-import json
+import ast
+import operator
 import random
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_types import Reward
+from published_format import read_rows
 from tokenizer import Tokenizer
 
 SYSTEM_MESSAGE = "You are a careful assistant. You reason first, in the open, and then state your answer."
@@ -26,8 +30,8 @@ RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # tolerated once at the end of a response
 MAX_EXPRESSION_CHARS = 1000
-MAX_DEPTH = 64
-TOKEN = re.compile(r"\s*(?:([0-9]+)|([-+*/()]))", re.ASCII)
+EXPRESSION = re.compile(r"(?:(?<![0-9])(?:0|[1-9][0-9]{0,19})(?![0-9])|[-+*/() \t\n\r\f\v])*")  # no number with a leading zero
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SYNTHETIC_TRAIN_SIZE = 500_000  # about as many as the published dataset has
 
 
@@ -79,107 +83,67 @@ def _last_answer(response: str) -> str | None:
 
 
 def _is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
-    if len(expression) > MAX_EXPRESSION_CHARS:
+    """Whether the expression uses each number once and equals the target. Python parses it; nothing is ever run."""
+    if len(expression) > MAX_EXPRESSION_CHARS or not EXPRESSION.fullmatch(expression):
         return False
     try:
-        tokens = _tokenize(expression)
-        used = sorted(t for t in tokens if isinstance(t, int))
+        tree = ast.parse(" ".join(expression.split()), mode="eval").body
+        used = sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         if used != sorted(int(n) for n in numbers):  # before any arithmetic: bounds the size of what is computed
             return False
-        return _Parser(tokens).parse() == target
-    except (SyntaxError, ZeroDivisionError):
+        return _value(tree) == target
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):  # the last two: nested too deep for the parser
         return False
 
 
-def _tokenize(expression: str) -> list[int | str]:
-    tokens, position = [], 0
-    expression = expression.rstrip(" \t\n\r\f\v")
-    while position < len(expression):
-        match = TOKEN.match(expression, position)
-        if match is None:
-            raise SyntaxError(f"unexpected character at {position}")
-        digits, operator = match.groups()
-        if digits and (len(digits) > 20 or (digits[0] == "0" and digits != "0")):
-            raise SyntaxError("a number too long or with a leading zero")
-        tokens.append(int(digits) if digits else operator)
-        position = match.end()
-    return tokens
-
-
-class _Parser:
-    """Recursive descent over: sum = product ((+|-) product)*; product = unary ((*|/) unary)*; unary = (+|-) unary | atom."""
-
-    def __init__(self, tokens: list[int | str]):
-        self.tokens, self.position, self.depth = tokens, 0, 0
-
-    def parse(self) -> Fraction:
-        value = self.sum()
-        if self.peek() is not None:
-            raise SyntaxError("something follows the expression")
-        return value
-
-    def peek(self) -> int | str | None:
-        return self.tokens[self.position] if self.position < len(self.tokens) else None
-
-    def take(self) -> int | str | None:
-        token = self.peek()
-        self.position += 1
-        return token
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while self.peek() in ("+", "-"):
-            value = value + self.product() if self.take() == "+" else value - self.product()
-        return value
-
-    def product(self) -> Fraction:
-        value = self.unary()
-        while self.peek() in ("*", "/"):
-            value = value * self.unary() if self.take() == "*" else value / self.unary()
-        return value
-
-    def unary(self) -> Fraction:
-        sign = 1
-        while self.peek() in ("+", "-"):
-            sign = sign if self.take() == "+" else -sign
-        return sign * self.atom()
-
-    def atom(self) -> Fraction:
-        token = self.take()
-        if isinstance(token, int):
-            return Fraction(token)
-        self.depth += 1
-        if token != "(" or self.depth > MAX_DEPTH:
-            raise SyntaxError("a number or parenthesis was expected, or the nesting is too deep")
-        value = self.sum()
-        if self.take() != ")":
-            raise SyntaxError("a closing parenthesis was expected")
-        self.depth -= 1
-        return value
+def _value(tree: ast.expr) -> Fraction:
+    """In exact arithmetic. Raises SyntaxError for whatever is not + - * / over integers."""
+    values = {}
+    for node in reversed(list(ast.walk(tree))):  # operands before their operation, without recursion
+        match node:
+            case ast.Constant(value):
+                values[node] = Fraction(value)
+            case ast.UnaryOp(op, operand):
+                values[node] = values[operand] if isinstance(op, ast.UAdd) else -values[operand]
+            case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+                values[node] = OPERATORS[type(op)](values[left], values[right])
+            case ast.expr():
+                raise SyntaxError("not an expression of + - * / and parentheses")
+    return values[tree]
 
 
 # ---------------------------------------------------------------- problems
 
 
-def load_problems(data) -> tuple[Sequence[dict], Sequence[dict]]:
+class Data(BaseModel):
+    """The keys of the config's section `data`; those with a value here are only for path: synthetic."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
+    test_size: int = Field(ge=1, le=10**6)  # so many questions at the end are held out for evaluation
+    num_numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field([3, 4], min_length=1, examples=[3, 4])  # drawn from this list
+    max_number: int = Field(99, ge=2, le=10**6)  # numbers are 1..max_number
+    min_target: int = Field(10, ge=0)  # targets are min_target..max_target
+    max_target: int = Field(100, ge=1)
+    synthetic_seed: int = Field(0, ge=0)  # another seed, other questions, held-out ones included
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Data":
+        if self.min_target > self.max_target:
+            raise ValueError(f"data.min_target={self.min_target} is above data.max_target={self.max_target}; swap them")
+        return self
+
+
+def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
     """Training and held-out problems, {"numbers": […], "target": …} each.
 
-    data.path: "synthetic", a .jsonl file, or a dataset directory with data/*.parquet. The last data.test_size rows are
-    held out, and what reads the same (numbers in any order) never appears in training.
+    The last data.test_size rows are held out, and what reads the same (numbers in any order) never appears in training.
     Raises FileNotFoundError or ValueError naming the file, the row and the remedy.
     """
     if data.path == "synthetic":
-        rng = random.Random(data.synthetic_seed)
-        draw = lambda rng: draw_problem(rng, data.num_numbers, data.max_number, data.min_target, data.max_target)  # noqa: E731
-        test = {}
-        for _ in range(1000 * data.test_size):
-            problem = draw(rng)
-            test.setdefault(_key(problem), problem)
-            if len(test) == data.test_size:
-                return SyntheticProblems(draw, data.synthetic_seed, frozenset(test)), list(test.values())
-        raise ValueError(f"data.test_size={data.test_size}: there are only {len(test)} distinct synthetic problems with these "
-                         "numbers and targets; lower it, or raise data.max_number")
-    rows = _read_rows(Path(data.path))
+        return _synthetic_problems(data)
+    rows = _read_problems(Path(data.path))
     if len(rows) <= data.test_size:
         raise ValueError(f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; "
                          "lower data.test_size")
@@ -190,6 +154,26 @@ def load_problems(data) -> tuple[Sequence[dict], Sequence[dict]]:
         raise ValueError(f"{data.path}: every problem reads like one of the last data.test_size={data.test_size}; "
                          "lower it, or add problems")
     return train, test
+
+
+def problem_kind(problem: dict[str, Any]) -> str:
+    """Optional, like parse_question: evaluate.py reports the success of each kind of problem."""
+    return f"{len(problem['numbers'])} numbers"
+
+
+def _synthetic_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
+    def draw(rng: random.Random) -> dict:
+        return draw_problem(rng, data.num_numbers, data.max_number, data.min_target, data.max_target)
+
+    rng, test, in_vain = random.Random(data.synthetic_seed), {}, 0
+    while len(test) < data.test_size and in_vain < 1000:  # draws in a row that were there already
+        problem = draw(rng)
+        in_vain = in_vain + 1 if _key(problem) in test else 0
+        test.setdefault(_key(problem), problem)
+    if len(test) < data.test_size:
+        raise ValueError(f"data.test_size={data.test_size}: there are hardly more than {len(test)} distinct synthetic problems "
+                         "with these numbers and targets; lower it, or raise data.max_number")
+    return SyntheticProblems(draw, data.synthetic_seed, frozenset(test)), list(test.values())
 
 
 class SyntheticProblems(Sequence):
@@ -229,53 +213,15 @@ def _key(problem: dict) -> tuple:
     return (*sorted(problem["numbers"]), problem["target"])
 
 
-def _read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data.path={path} does not exist. Fetch the dataset with\n"
-            "  uv run hf download Jiayi-Pan/Countdown-Tasks-3to4 --repo-type dataset --local-dir Countdown-Tasks-3to4\n"
-            "or train without any download: uv run train.py --config config_tiny.yaml"
-        )
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    if not rows:
-        raise ValueError(f"{path} holds no problems")
-    for place, nums, target in rows:
+def _read_problems(path: Path) -> list[dict]:
+    remedy = 'wanted lines like {"nums": [3, 5, 7], "target": 22}' if path.suffix == ".jsonl" else (
+        f"fetch the dataset with\n  uv run hf download Jiayi-Pan/Countdown-Tasks-3to4 --repo-type dataset --local-dir {path}\n"
+        "or train without any download: uv run train.py --config config_tiny.yaml"
+    )  # fmt: skip
+    problems = []
+    for place, row in read_rows(path, ("nums", "target"), remedy=remedy):
+        nums, target = row["nums"], row["target"]
         if not (isinstance(nums, list) and nums and all(type(n) is int for n in nums) and type(target) is int):
-            raise ValueError(f"{path}, {place}: nums={nums!r}, target={target!r}; wanted a list of integers and an integer")
-    return [{"numbers": nums, "target": target} for _, nums, target in rows]
-
-
-def _read_jsonl(path: Path) -> list[tuple]:
-    """(where it stands, nums, target) of each line."""
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); write it anew") from None
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows.append((f"line {i}", row["nums"], row["target"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f'{path}, line {i}: {error!r}; wanted {{"nums": [3, 5, 7], "target": 22}}') from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[tuple]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted((path / "data").glob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"{path} holds no data/*.parquet; fetch the dataset again, or give a .jsonl file")
-    rows = []
-    for file in files:
-        try:
-            table = pq.read_table(file, columns=["nums", "target"])
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is not a parquet file with the columns nums and target ({error}); "
-                             "fetch the dataset again") from None
-        places = (f"{file.name}, row {i}" for i in range(1, len(table) + 1))
-        rows += zip(places, table["nums"].to_pylist(), table["target"].to_pylist(), strict=True)
-    return rows
+            raise ValueError(f"{place}: nums={nums!r:.100}, target={target!r:.100}; wanted a list of integers and an integer")
+        problems.append({"numbers": nums, "target": target})
+    return problems

@@ -1,5 +1,6 @@
 """The values that cross file borders. Token ids are plain Python lists: padding and devices begin where a batch is built."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,19 +35,8 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class RolloutStats:
-    """What a rollout cost."""
-
-    prefill_seconds: float
-    decode_seconds: float
-    reward_seconds: float
-    row_steps: int  # rows x decode steps that were computed
-    wasted_row_steps: int  # of them, spent on rows that had already ended
-
-
-@dataclass(frozen=True)
 class UpdateStats:
-    """What one policy-gradient step did. Means are over the kept response tokens of the whole batch."""
+    """What one policy-gradient step did."""
 
     loss: float
     grad_norm: float  # before clipping
@@ -57,6 +47,17 @@ class UpdateStats:
     broken_questions: list[int] = field(default_factory=list)  # question ids behind a number that is not finite
     weights_changed: float = 0.0  # share of the weights whose stored value changed
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
-    tokens_run: int = 0  # tokens through the model, prompts included
-    gradient_seconds: float = 0.0
-    optimizer_seconds: float = 0.0
+
+
+class Watch:
+    """Looks on while the algorithm works. This one sees nothing; a run's own draws bars, takes times and hears signals."""
+
+    def part(self, name: str, total: int) -> AbstractContextManager:
+        """Entered around a part of the work: "prefill", "decode", "reward", "gradient", "optimizer"; total: what is to be done."""
+        return nullcontext()
+
+    def advance(self, amount: int = 0, **counts: int) -> None:
+        """So much more of the part is done, and so much more of each count. May raise: nothing is half-done at this moment."""
+
+
+UNWATCHED = Watch()

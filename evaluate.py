@@ -9,48 +9,31 @@ checkpoints bring their own config; for anything else it is config.yaml, unless 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from tqdm import tqdm
 
-from data_types import Episode, Question, Reward
-from generate import log_probs, sample
+from data_types import Episode, Reward
+from generate import Sampling, generate_one, seeded_generator
 from grpo import rollout
-from harness.checkpoint import checkpoints, find_damage
+from harness import cpu
+from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
+from harness.console import PhaseWatch
 from harness.logs import printable
 from harness.metrics import compare_models, model_summary
-from harness.plan import prepare_process
 from harness.tasks import guard_reward, load_task, make_question
-from qwen2_model import KVCache, Transformer, packed_for_decoding
+from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
-
-
-def evaluate(
-    model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, max_gen_len: int,
-    reward_function: Callable[..., Reward], generator: torch.Generator, samples: int = 1, cache_bytes: int | None = None,
-    progress: Callable[[int, int], None] = lambda ended, steps: None,
-) -> list[Episode]:  # fmt: skip
-    """Answers to held-out questions, sampled at temperature 1 whatever the training's; `samples` to each question."""
-    return rollout(model, tokenizer, questions, num_answers=samples, max_gen_len=max_gen_len, temperature=1.0,
-                   reward_function=reward_function, generator=generator, cache_bytes=cache_bytes, progress=progress)
-
-
-def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """Random numbers that depend on these three and on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         located = [locate_model(path) for path in paths]
         own_configs = [config for _, config in located if config]
         config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
-        prepare_process(config.model.device)
+        if config.model.device == "cpu":
+            cpu.prepare_process()
+        elif not torch.cuda.is_available():
+            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
             ask(config, directories[0], arguments.ask)
@@ -95,12 +81,18 @@ def main(argv: list[str] | None = None) -> int:
 def locate_model(path: str) -> tuple[Path, Path | None]:
     """The model directory that a path stands for, and the config of the run it comes from, if it comes from one."""
     directory = Path(path)
-    if (directory / "config.json").exists():
-        return directory, directory.parent.parent / "config.yaml" if directory.parent.name == "checkpoints" else None
-    whole = [checkpoint for checkpoint in checkpoints(directory / "checkpoints") if not find_damage(checkpoint)]
-    if not whole:
-        raise FileNotFoundError(f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint")
-    return whole[-1], directory / "config.yaml"
+    if not (directory / "config.json").exists():
+        found = newest_good(directory / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint")
+        return found[0], directory / "config.yaml"
+    if (directory / COMPLETE).exists():
+        try:
+            check_files(directory)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; name its run, which has others, or remove {COMPLETE} if you changed the "
+                             "files yourself") from None
+    return directory, directory.parent.parent / "config.yaml" if directory.parent.name == "checkpoints" else None
 
 
 def load_model(config: Config, directory: Path) -> tuple[Transformer, Tokenizer]:
@@ -126,14 +118,15 @@ def score(config: Config, directories: list[Path], *, samples: int, json_path: s
     answers = []
     for directory in directories:
         model, tokenizer = load_model(config, directory)
-        with tqdm(desc=str(directory), total=len(problems) * samples, unit="answer", leave=False, disable=None) as bar:
-            answers.append(evaluate(
-                model, tokenizer, [make_question(task, problem, tokenizer) for problem in problems], samples=samples,
-                max_gen_len=config.training.max_gen_len, reward_function=guarded_reward(config, task),
-                generator=seeded_generator(config.training.seed, "evaluation"),
-                progress=lambda ended, _, bar=bar: bar.update(ended - bar.n),
+        questions = [make_question(task, problem, tokenizer) for problem in problems]
+        with cpu.packed_for_decoding(model, len(questions) * samples):
+            answers.append(rollout(
+                model, tokenizer, questions, num_answers=samples, max_gen_len=config.training.max_gen_len, temperature=1.0,
+                reward_function=guarded_reward(config, task), generator=seeded_generator(config.training.seed, "evaluation"),
+                watch=PhaseWatch(str(directory)),
             ))  # fmt: skip
-    summaries = [{"model": str(d), **model_summary(episodes, problems)} for d, episodes in zip(directories, answers, strict=True)]
+    kinds = [getattr(task, "problem_kind", lambda problem: "")(problem) for problem in problems]
+    summaries = [{"model": str(d), **model_summary(episodes, kinds)} for d, episodes in zip(directories, answers, strict=True)]
     comparison = compare_models(*answers) if len(answers) == 2 else None
     print(f"{len(problems)} held-out questions of {config.data.path}, answers to each: {samples}\n{table(summaries)}")
     if comparison:
@@ -153,9 +146,9 @@ def table(summaries: list[dict]) -> str:
         return f"{s['success']:.1%} ({s['success_low']:.1%} … {s['success_high']:.1%})"
 
     rows = [["", *(s["model"] for s in summaries)], ["success = pass@1 (95 % interval)", *map(success, summaries)]]
-    if len(summaries[0]["by_numbers"]) > 1:
-        for size, part in summaries[0]["by_numbers"].items():
-            rows.append([f"  {size} numbers, {part['questions']} questions", *(success(s["by_numbers"][size]) for s in summaries)])
+    if len(summaries[0]["by_kind"]) > 1:
+        for kind, part in summaries[0]["by_kind"].items():
+            rows.append([f"  {kind}, {part['questions']} questions", *(success(s["by_kind"][kind]) for s in summaries)])
     rows += [[f"pass@{k}", *(f"{s['pass_at'][k]:.1%}" for s in summaries)] for k in summaries[0]["pass_at"] if k > 1]
     rows += [["reward", *(f"{s['reward']:.3f}" for s in summaries)],
              ["mean length", *(f"{s['mean_length']:.1f} tokens" for s in summaries)],
@@ -187,37 +180,22 @@ def ask(config: Config, directory: Path, text: str) -> None:
     room = model.config.max_position_embeddings - len(question.prompt_token_ids)
     if room < config.training.max_gen_len:
         raise ValueError(f"--ask: the question leaves room for {room} tokens; shorten it, or add training.max_gen_len={room}")
-    generator = seeded_generator(config.training.seed, "ask")
+    sampling = Sampling(config.training.max_gen_len, 1.0, tokenizer.vocab_size, tokenizer.stop_ids)
+    uniforms_G = torch.rand(sampling.max_gen_len, generator=seeded_generator(config.training.seed, "ask"))
     print(question.prompt.rpartition("\n")[2], end="", flush=True)
     ids, shown = [], 0
-    for token_id in stream(model, tokenizer, question, max_gen_len=config.training.max_gen_len, generator=generator):
-        ids.append(token_id)
-        answer = whole_characters(tokenizer.decode(ids))
-        print(printable(answer[shown:]), end="", flush=True)
-        shown = len(answer)
-    answer = tokenizer.decode(ids)
+    with cpu.packed_for_decoding(model, 1):
+        for token_id in generate_one(model, question.prompt_token_ids, sampling, uniforms_G):
+            ids.append(token_id)
+            answer = whole_characters(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]))
+            print(printable(answer[shown:]), end="", flush=True)
+            shown = len(answer)
+    is_finished = ids[-1] in tokenizer.stop_ids
+    answer = tokenizer.decode(ids[:-1] if is_finished else ids)
     print(printable(answer[shown:]))
     reward = guarded_reward(config, task)(answer, **problem)
-    cut_off = f"; cut off after {len(ids)} tokens (training.max_gen_len)" if len(ids) == config.training.max_gen_len else ""
+    cut_off = "" if is_finished else f"; cut off after {len(ids)} tokens (training.max_gen_len)"
     print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
-
-
-@torch.inference_mode()
-def stream(
-    model: Transformer, tokenizer: Tokenizer, question: Question, *, max_gen_len: int, generator: torch.Generator
-) -> Iterator[int]:
-    """Sample one answer at temperature 1, token by token; the stop token is left out."""
-    weight, prompt = model.head_weight_VE, question.prompt_token_ids
-    cache = KVCache(model.config, batch_size=1, max_len=len(prompt) + max_gen_len, device=weight.device, dtype=weight.dtype)
-    tokens_1L = torch.tensor([prompt], device=weight.device)
-    with packed_for_decoding(model, 1):
-        for _ in range(max_gen_len):
-            log_probs_1V = log_probs(model.next_token_logits(tokens_1L, cache), 1.0, tokenizer.vocab_size)
-            ids_1, _, _ = sample(log_probs_1V, torch.rand(1, generator=generator).to(weight.device), tokenizer.vocab_size)
-            if int(ids_1) in tokenizer.stop_ids:
-                return
-            yield int(ids_1)
-            tokens_1L = ids_1[:, None]
 
 
 def whole_characters(text: str) -> str:

@@ -1,29 +1,40 @@
 """Sampling: prompts of token ids in, sampled token ids out.
 
-The pyramid, top to bottom: generate -> prefill every prompt once -> decode rows until all have ended (step: one token
-of every row; sample: one draw a row; turn_over: ended rows leave, waiting rows take their places).
+generate_one is the algorithm: run the prompt, then draw a token and run it, until one stops. generate does the same for
+many answers at once and draws the same tokens: every prompt is run once for all its answers (prefill), answers share decode
+steps (step), and an answer that has ended makes room for one that waits (turn_over).
 
-A row is one answer in the making; it stands in a slot of the KV cache. There are as many slots as the cache budget
-allows. Random numbers belong to the answer and the position, not to the slot, so that neither the budget nor the
-moment at which rows move changes what is drawn.
+An answer being decoded stands in a slot of the KV cache; there are as many slots as the cache budget allows. Random numbers
+belong to the answer and the position, not to the slot, so neither the budget nor who decodes beside it changes what is drawn.
 
-Dimension key: A answers asked for, R rows in slots, G response tokens at most, V vocabulary, N prompts, L prompt tokens.
+Dimension key: A answers asked for, R slots in use, G response tokens at most, V vocabulary, N prompts, L prompt tokens.
 """
 
-import time
-from collections.abc import Callable
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2_model import KVCache, Transformer, packed_for_decoding
+from data_types import UNWATCHED, Watch
+from qwen2_model import KVCache, Transformer
 
 IMPOSSIBLE = -1e30  # logit of an id that must not be drawn; finite, because 0 * log 0 is asked for in the entropy
 PREFILL_TOKENS = 8192  # prompts go through the model in batches of about so many tokens
-CUDA_CHECK_INTERVAL = 8  # decode steps between two looks at which rows have ended: a look waits for the device
-CUDA_ROW_MULTIPLE = 8  # rows are decoded in multiples of this, so that few graphs are recorded
+CUDA_CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended: a look waits for the device
+CUDA_ROW_MULTIPLE = 8  # slots are decoded in multiples of this, so that few graphs are recorded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is the same for every token of a rollout."""
+
+    max_gen_len: int  # response tokens; every answer has the same budget, whatever its prompt's length
+    temperature: float
+    vocab_size: int  # entries of the tokenizer; the head has more rows, which must not be drawn
+    stop_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -34,13 +45,13 @@ class Sample:
     is_finished: bool  # drew a stop token within the budget
 
 
-@dataclass
-class GenerateStats:
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    tokens: int = 0  # drawn, in answers
-    row_steps: int = 0  # rows x decode steps computed; the excess over `tokens` was wasted on ended rows
-    slots: int = 0  # rows that fitted into the cache at once
+def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """Random numbers that depend on these three and on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---------------------------------------------------------------- one answer
 
 
 def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
@@ -55,8 +66,8 @@ def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
     return F.log_softmax(logits_PV, dim=-1)
 
 
-def sample(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one id a row by inverting the cumulative distribution at uniform_R in [0, 1).
+def draw(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one id a row: the smallest whose cumulative probability exceeds the row's uniform number in [0, 1).
 
     One uniform a row instead of one exponential an entry, as torch.multinomial draws: a sixth of the time.
     Returns ids, their log-probabilities and the entropies, each (R,).
@@ -70,62 +81,81 @@ def sample(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Te
 
 
 @torch.inference_mode()
+def generate_one(model: Transformer, prompt: list[int], sampling: Sampling, uniforms_G: Tensor) -> Iterator[int]:
+    """Sample one answer, token by token; the stop token, if one is drawn, is the last. The version to read first."""
+    device, dtype = model.head_weight_VE.device, model.head_weight_VE.dtype
+    cache = KVCache(model.config, batch_size=1, max_len=len(prompt) + sampling.max_gen_len, device=device, dtype=dtype)
+    tokens_1L = torch.tensor([prompt], device=device)
+    for uniform_1 in uniforms_G[: sampling.max_gen_len].to(device).split(1):
+        logits_1V = model.next_token_logits(tokens_1L, cache)
+        ids_1, _, _ = draw(log_probs(logits_1V, sampling.temperature, sampling.vocab_size), uniform_1, sampling.vocab_size)
+        yield int(ids_1)
+        if int(ids_1) in sampling.stop_ids:
+            return
+        tokens_1L = ids_1[:, None]
+
+
+# ---------------------------------------------------------------- many answers at once
+
+
+@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
+    sampling: Sampling,
     *,
     num_answers: int,
-    max_gen_len: int,
-    temperature: float,
-    vocab_size: int,
-    stop_ids: frozenset[int],
     generator: torch.Generator,
     cache_bytes: int | None = None,
-    progress: Callable[[int, int], None] = lambda ended, tokens: None,
-) -> tuple[list[Sample], GenerateStats]:
+    watch: Watch = UNWATCHED,
+) -> list[Sample]:
     """Sample num_answers answers to each prompt; answer j of prompt i is item i * num_answers + j.
 
-    cache_bytes: what the KV cache may take; None: what memory is free. Rows that do not fit wait for others to end.
-    progress(ended answers, tokens decoded so far) is called whenever rows are looked at.
-    Raises ValueError for an empty prompt, one too long for the model, or a budget in which no row fits.
+    cache_bytes: what the KV cache may take; None: what memory is free. Answers that do not fit wait for others to end.
+    Raises ValueError for an empty prompt, one too long for the model, or a budget in which no answer fits.
     """
-    config, weight = model.config, model.head_weight_VE
-    longest = max(map(len, prompts))
+    answers = len(prompts) * num_answers
+    slots = count_slots(model, prompts, sampling, answers=answers, cache_bytes=cache_bytes)
+    with watch.part("prefill", len(prompts)):
+        prefilled = prefill(model, prompts, watch)
+    with watch.part("decode", answers):
+        decoder = Decoder(model, prompts, prefilled, sampling, num_answers=num_answers, generator=generator, slots=slots)
+        while decoder.in_use:
+            row_steps = decoder.decode()
+            watch.advance(decoder.turn_over(), row_steps=row_steps)
+        return decoder.samples()
+
+
+def count_slots(
+    model: Transformer, prompts: list[list[int]], sampling: Sampling, *, answers: int, cache_bytes: int | None
+) -> int:
+    """How many answers are decoded at once: what fits into the budget of the KV cache."""
+    config, weight, longest = model.config, model.head_weight_VE, max(map(len, prompts))
+    limit, budget = config.max_position_embeddings, sampling.max_gen_len
     if not min(map(len, prompts)):
         raise ValueError("a prompt has no tokens; every answer continues at least one")
-    if longest + max_gen_len > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"a prompt of {longest} tokens and answers of up to {max_gen_len} exceed the model's {limit} positions; "
-                         f"lower max_gen_len to {limit - longest}")
-    stats = GenerateStats()
-    row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + max_gen_len)
-    answers = len(prompts) * num_answers
-    clock = time.perf_counter()
-    with packed_for_decoding(model, answers):
-        prefilled = prefill(model, prompts)
-        if weight.is_cuda:
-            torch.cuda.synchronize()
-        stats.prefill_seconds = time.perf_counter() - clock
-        if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
-            cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
-        stats.slots = min(cache_bytes // row_bytes, answers)
-        if stats.slots < 1:
-            raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {max_gen_len} tokens takes "
-                             f"{row_bytes:,}; raise the budget, or lower max_gen_len")
-        clock = time.perf_counter()
-        decoder = _Decoder(model, prompts, prefilled, num_answers=num_answers, max_gen_len=max_gen_len, temperature=temperature,
-                           vocab_size=vocab_size, stop_ids=stop_ids, generator=generator, slots=stats.slots)
-        while decoder.turn_over():
-            decoder.decode()
-            progress(decoder.num_ended, decoder.row_steps)
-    samples = decoder.samples()
-    stats.decode_seconds = time.perf_counter() - clock
-    stats.tokens, stats.row_steps = sum(len(s.token_ids) for s in samples), decoder.row_steps
-    return samples, stats
+    if longest + budget > limit:
+        remedy = f"lower max_gen_len to {limit - longest}" if longest < limit else "shorten the prompt"
+        raise ValueError(f"a prompt of {longest} tokens and answers of up to {budget} exceed the model's {limit} positions; "
+                         f"{remedy}")
+    row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + budget)
+    if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
+        cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
+    if cache_bytes < row_bytes:
+        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {budget} tokens takes {row_bytes:,}; "
+                         "raise the budget, or lower max_gen_len")
+    return min(cache_bytes // row_bytes, answers)
 
 
-def prefill(model: Transformer, prompts: list[list[int]]) -> KVCache:
-    """Keys and values of each prompt but its last token, which is the first one that a row decodes."""
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with open("/proc/meminfo") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+
+
+def prefill(model: Transformer, prompts: list[list[int]], watch: Watch = UNWATCHED) -> KVCache:
+    """Keys and values of each prompt but its last token, which is the first one that an answer decodes."""
     dtype, device = model.head_weight_VE.dtype, model.head_weight_VE.device
     longest = max(2, *map(len, prompts)) - 1
     prefilled = KVCache(model.config, batch_size=len(prompts), max_len=longest, device=device, dtype=dtype)
@@ -139,110 +169,88 @@ def prefill(model: Transformer, prompts: list[list[int]]) -> KVCache:
         cache.lengths_B += torch.tensor([len(p) for p in part], device=device)
         rows = torch.arange(len(part), device=device)
         prefilled.copy_rows(cache, rows, first + rows, longest)
+        watch.advance(len(part))
     return prefilled
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with open("/proc/meminfo") as f:
-        return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+class Decoder:
+    """The answers of a rollout, and the slots 0..in_use-1 in which as many of them as fit are decoded."""
 
-
-class _Decoder:
-    """The rows being decoded. Slots 0..num_rows-1 hold rows; what stands in the slots beyond is not looked at."""
-
-    def __init__(self, model, prompts, prefilled, *, num_answers, max_gen_len, temperature, vocab_size, stop_ids, generator, slots):
+    def __init__(self, model, prompts, prefilled, sampling, *, num_answers, generator, slots):
         device = model.head_weight_VE.device
-        answers = len(prompts) * num_answers
+        answers, G = len(prompts) * num_answers, sampling.max_gen_len
         on_cuda = device.type == "cuda"
         self.interval, self.row_multiple = (CUDA_CHECK_INTERVAL, CUDA_ROW_MULTIPLE) if on_cuda else (1, 1)
-        self.model, self.prefilled, self.prompts = model, prefilled, prompts
-        self.num_answers, self.max_gen_len, self.temperature, self.vocab_size = num_answers, max_gen_len, temperature, vocab_size
-        self.cache = KVCache(model.config, batch_size=slots, max_len=max(map(len, prompts)) + max_gen_len + self.interval,
-                             device=device, dtype=model.head_weight_VE.dtype)
-        self.stop_ids = stop_ids
+        self.model, self.prefilled, self.sampling, self.num_answers = model, prefilled, sampling, num_answers
+        self.cache = KVCache(model.config, batch_size=slots, max_len=max(map(len, prompts)) + G + self.interval,
+                             device=device, dtype=model.head_weight_VE.dtype)  # fmt: skip
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-        self.is_stop_V[torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)] = True
-        # One column more than the budget, because an ended row goes on writing behind its last token until it is looked
-        # at; one row more than there are answers, for the slots that fill up a multiple.
-        shape = answers + 1, max_gen_len + 1
-        self.uniforms_AG = torch.rand(shape, generator=generator).to(device)
-        self.ids_AG = torch.zeros(shape, dtype=torch.long, device=device)
-        self.logprobs_AG = torch.zeros(shape, device=device)
-        self.entropies_AG = torch.zeros(shape, device=device)
+        self.is_stop_V[torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=device)] = True
+        # Of each answer, and of one more that is nobody's: it stands in slots that only fill up a multiple, and has ended.
+        self.uniforms_AG = torch.rand((answers + 1, G + 1), generator=generator).to(device)
+        self.ids_AG = torch.zeros((answers + 1, G + 2), dtype=torch.long, device=device)  # the first: the prompt's last token
+        self.ids_AG[:-1, 0] = torch.tensor([p[-1] for p in prompts], device=device).repeat_interleave(num_answers)
+        self.logprobs_AG, self.entropies_AG = torch.zeros((2, answers + 1, G + 1), device=device)
         self.lengths_A = torch.zeros(answers + 1, dtype=torch.long, device=device)  # tokens drawn
+        self.ended_A = torch.zeros(answers + 1, dtype=torch.bool, device=device)
+        self.ended_A[-1] = True
         self.answers_R = torch.full((slots,), answers, device=device)  # which answer a slot decodes
-        self.tokens_R = torch.zeros(slots, dtype=torch.long, device=device)  # its newest token, not yet in the cache
-        self.active_R = torch.zeros(slots, dtype=torch.bool, device=device)  # whether it has not ended
-        self.waiting = list(range(answers))
-        self.num_rows = self.num_ended = self.row_steps = 0
+        self.in_use, self.waiting = 0, list(range(answers))
         # Neither knows the decoder: a reference back would keep cache and graphs alive until the garbage collector runs.
-        self.step = _GraphedStep() if on_cuda else _Decoder._step
+        self.step = _GraphedStep() if on_cuda else Decoder._step
+        self.turn_over()
 
-    def turn_over(self) -> bool:
-        """Give the slots of ended rows to waiting ones or, when none waits, to the last rows. False: all have ended."""
-        ended = (~self.active_R[: self.num_rows]).nonzero()[:, 0].tolist()
-        self.num_ended += len(ended)
-        free = ended + list(range(self.num_rows, len(self.active_R)))
-        admitted, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
-        if admitted:
-            self._admit(admitted, free[: len(admitted)])
-            self.num_rows = max(self.num_rows, free[len(admitted) - 1] + 1)
-        holes = ended[len(admitted) :]
+    def turn_over(self) -> int:
+        """The last slots take the places of those that have ended, and waiting answers come behind. Returns how many ended."""
+        ended = self.ended_A[self.answers_R[: self.in_use]].tolist()
+        alive = ended.count(False)
+        holes = [slot for slot in range(alive) if ended[slot]]
+        movers = [slot for slot in range(alive, self.in_use) if not ended[slot]]
         if holes:
-            kept = self.num_rows - len(holes)
-            self._move(sorted(set(range(kept, self.num_rows)) - set(holes)), [hole for hole in holes if hole < kept])
-            self.active_R[kept : self.num_rows] = False
-            self.answers_R[kept : self.num_rows] = len(self.ids_AG) - 1  # nobody's answer
-            self.num_rows = kept
-        self.cache.span = int(self.cache.lengths_B[: self.num_rows].max()) if self.num_rows else 0
-        return self.num_rows > 0
+            holes_R, movers_R = self._indices(holes), self._indices(movers)
+            self.cache.copy_rows(self.cache, movers_R, holes_R, self.cache.span)
+            self.answers_R[holes_R] = self.answers_R[movers_R]
+        room = len(self.answers_R) - alive
+        admitted, self.waiting = self._indices(self.waiting[:room]), self.waiting[room:]
+        self.in_use = alive + len(admitted)
+        if len(admitted):
+            slots_R = torch.arange(alive, self.in_use, device=admitted.device)
+            self.cache.copy_rows(self.prefilled, admitted // self.num_answers, slots_R, self.prefilled.keys_LBKCD.shape[3])
+            self.answers_R[slots_R] = admitted
+        self.answers_R[self.in_use :] = len(self.ended_A) - 1  # nobody's
+        self.cache.span = int(self.cache.lengths_B[: self.in_use].max()) if self.in_use else 0
+        return len(ended) - alive
 
-    def decode(self) -> None:
-        """Draw the next token of every row, `interval` times over."""
-        rows = min(-(-self.num_rows // self.row_multiple) * self.row_multiple, len(self.active_R))
+    def decode(self) -> int:
+        """Draw the next token of every slot in use, `interval` times over. Returns the number of slots times steps."""
+        rows = min(-(-self.in_use // self.row_multiple) * self.row_multiple, len(self.answers_R))
         for _ in range(self.interval):
             self.step(self, rows)
-            self.row_steps += rows
+        return rows * self.interval
 
     def _step(self, rows: int) -> None:
         """One token for the first `rows` slots. Nothing here asks the device anything."""
-        active_R, answers_R = self.active_R[:rows], self.answers_R[:rows]
-        logits_RV = self.model.next_token_logits(self.tokens_R[:rows, None], self.cache, lengths_B=active_R.long())
-        columns_R = self.lengths_A[answers_R]
-        uniform_R = self.uniforms_AG[answers_R, columns_R]
-        ids_R, logprobs_R, entropies_R = sample(
-            log_probs(logits_RV, self.temperature, self.vocab_size), uniform_R, self.vocab_size
-        )
-        self.ids_AG[answers_R, columns_R] = ids_R
-        self.logprobs_AG[answers_R, columns_R] = logprobs_R
-        self.entropies_AG[answers_R, columns_R] = entropies_R
-        self.lengths_A[answers_R] = columns_R + active_R
-        self.tokens_R[:rows] = ids_R
-        active_R &= ~self.is_stop_V[ids_R] & (columns_R + 1 < self.max_gen_len)
+        answers_R = self.answers_R[:rows]
+        lengths_R, active_R = self.lengths_A[answers_R], ~self.ended_A[answers_R]
+        tokens_R = self.ids_AG[answers_R, lengths_R]
+        logits_RV = self.model.next_token_logits(tokens_R[:, None], self.cache, lengths_B=active_R.long())
+        log_probs_RV = log_probs(logits_RV, self.sampling.temperature, self.sampling.vocab_size)
+        ids_R, logprobs_R, entropies_R = draw(log_probs_RV, self.uniforms_AG[answers_R, lengths_R], self.sampling.vocab_size)
+        # An answer that has ended goes on being decoded until somebody looks: behind its last token, and does not grow.
+        self.ids_AG[answers_R, lengths_R + 1] = ids_R
+        self.logprobs_AG[answers_R, lengths_R] = logprobs_R
+        self.entropies_AG[answers_R, lengths_R] = entropies_R
+        self.lengths_A[answers_R] = lengths_R + active_R
+        self.ended_A[answers_R] = ~active_R | self.is_stop_V[ids_R] | (lengths_R + 1 >= self.sampling.max_gen_len)
 
-    def _admit(self, answers: list[int], slots: list[int]) -> None:
-        device = self.active_R.device
-        prompts = [answer // self.num_answers for answer in answers]
-        last_tokens = [self.prompts[prompt][-1] for prompt in prompts]
-        prompts_R, slots_R = torch.tensor(prompts, device=device), torch.tensor(slots, device=device)
-        self.cache.copy_rows(self.prefilled, prompts_R, slots_R, self.prefilled.keys_LBKCD.shape[3])
-        self.tokens_R[slots_R] = torch.tensor(last_tokens, device=device)
-        self.answers_R[slots_R] = torch.tensor(answers, device=device)
-        self.active_R[slots_R] = True
-
-    def _move(self, sources: list[int], targets: list[int]) -> None:
-        sources_R, targets_R = (torch.tensor(s, dtype=torch.long, device=self.active_R.device) for s in (sources, targets))
-        self.cache.copy_rows(self.cache, sources_R, targets_R, self.cache.span)
-        for state_R in (self.tokens_R, self.answers_R, self.active_R):
-            state_R[targets_R] = state_R[sources_R]
+    def _indices(self, items: list[int]) -> Tensor:
+        return torch.tensor(items, dtype=torch.long, device=self.answers_R.device)
 
     def samples(self) -> list[Sample]:
-        lengths, ids = self.lengths_A[:-1].tolist(), self.ids_AG.tolist()
+        lengths, ids = self.lengths_A[:-1].tolist(), self.ids_AG[:, 1:].tolist()
         logprobs, entropies = self.logprobs_AG.tolist(), self.entropies_AG.tolist()
         return [
-            Sample(ids[a][:n], logprobs[a][:n], sum(entropies[a][:n]) / n, ids[a][n - 1] in self.stop_ids)
+            Sample(ids[a][:n], logprobs[a][:n], sum(entropies[a][:n]) / n, ids[a][n - 1] in self.sampling.stop_ids)
             for a, n in enumerate(lengths)
         ]
 
@@ -257,7 +265,7 @@ class _GraphedStep:
     def __init__(self):
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, decoder: _Decoder, rows: int) -> None:
+    def __call__(self, decoder: Decoder, rows: int) -> None:
         cache = decoder.cache
         shape = rows, cache.columns(1)
         graph = self.graphs.get(shape)

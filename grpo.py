@@ -7,28 +7,30 @@ How this departs from the GRPO of DeepSeekMath (arXiv:2402.03300), and why:
 4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering), but not out of the
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
-Dimension key: N questions, M answers a question, P response tokens, C of a chunk, R of a block, E hidden size, V vocabulary.
+Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
+               E hidden size, V vocabulary.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from data_types import Episode, Question, Reward, RolloutStats, UpdateStats
-from generate import generate, log_probs
+from data_types import UNWATCHED, Episode, Question, Reward, UpdateStats, Watch
+from flat import norm, zero_gradient
+from generate import Sampling, generate, log_probs
 from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# Logits of one chunk of the loss, counted in float32. Each chunk adds to the head's gradient once. In bf16 that rounds: over
+# Logits of a chunk of the loss, counted in float32. Each chunk adds to the head's gradient once. In bf16 that rounds: over
 # 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where the products themselves leave
-# 1.3 %; a gradient is noisier than that by far.
-LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
-# Of a chunk, so much at a time becomes log-probabilities in float32 and then its gradient: on the CPU it stays in the cache.
-LOGIT_BLOCK_BYTES = {"cpu": 5 * 1000**2, "cuda": 40 * 1000**2}
+# 1.3 %; a gradient is noisier than that by far. A CPU is fastest where a chunk stays in its cache.
+LOGIT_CHUNK_BYTES = {"cpu": 24 * 1000**2, "cuda": 160 * 1000**2}
+
+
+# ---------------------------------------------------------------- sample and score
 
 
 def rollout(
@@ -42,43 +44,43 @@ def rollout(
     reward_function: Callable[..., Reward],
     generator: torch.Generator,
     cache_bytes: int | None = None,
-    progress: Callable[[int, int], None] = lambda ended, steps: None,
-    on_stats: Callable[[RolloutStats], None] = lambda stats: None,
+    watch: Watch = UNWATCHED,
 ) -> list[Episode]:
     """Sample num_answers answers to each question and score them (steps 2 and 3 of the algorithm in the README).
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
-    max_gen_len response tokens, whatever its prompt's length. cache_bytes, progress: see generate.
+    max_gen_len response tokens, whatever its prompt's length. cache_bytes: see generate.
     """
-    samples, stats = generate(
-        model, [q.prompt_token_ids for q in questions], num_answers=num_answers, max_gen_len=max_gen_len,
-        temperature=temperature, vocab_size=tokenizer.vocab_size, stop_ids=tokenizer.stop_ids, generator=generator,
-        cache_bytes=cache_bytes, progress=progress,
-    )  # fmt: skip
-    clock = time.perf_counter()
+    sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
+    prompts = [question.prompt_token_ids for question in questions]
+    samples = generate(model, prompts, sampling, num_answers=num_answers, generator=generator, cache_bytes=cache_bytes, watch=watch)
     episodes = []
-    for i, sample in enumerate(samples):
-        question = questions[i // num_answers]
-        text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
-        episodes.append(
-            Episode(
-                question_id=i // num_answers,
-                prompt_token_ids=question.prompt_token_ids,
-                response_token_ids=sample.token_ids,
-                response_logprobs=sample.logprobs,
-                is_finished=sample.is_finished,
-                text=text,
-                reward=reward_function(text, **question.problem),
-                entropy=sample.entropy,
+    with watch.part("reward", len(samples)):
+        for i, sample in enumerate(samples):
+            question = questions[i // num_answers]
+            text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
+            reward = reward_function(text, **question.problem)
+            episodes.append(
+                Episode(
+                    question_id=i // num_answers,
+                    prompt_token_ids=question.prompt_token_ids,
+                    response_token_ids=sample.token_ids,
+                    response_logprobs=sample.logprobs,
+                    is_finished=sample.is_finished,
+                    text=text,
+                    reward=reward,
+                    entropy=sample.entropy,
+                )
             )
-        )
-    on_stats(RolloutStats(stats.prefill_seconds, stats.decode_seconds, time.perf_counter() - clock,
-                          stats.row_steps, stats.row_steps - stats.tokens))
+            watch.advance(1)
     return episodes
 
 
+# ---------------------------------------------------------------- compare
+
+
 def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
-    """Standardise rewards within each question's group (DeepSeekMath, arXiv:2402.03300, section 4.1.2).
+    """A_ij = (r_ij - mean_j r_ij) / (std_j r_ij + eps), within each question (arXiv:2402.03300, section 4.1.2).
 
     rewards_NM: N questions x M answers. Population standard deviation.
     Returns float32 (N, M), unitless; exactly 0 for a group whose rewards are all equal.
@@ -106,75 +108,71 @@ def episode_advantages(episodes: list[Episode]) -> list[float]:
     return advantages
 
 
-def token_loss(
-    hidden_PE: Tensor, head_VE: Tensor, targets_P: Tensor, coefficients_P: Tensor, grad_head_VE: Tensor, *,
-    project: Callable[[Tensor], Tensor], temperature: float, vocab_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss = sum_p c_p log π(target_p) and its gradient, without ever holding more than a chunk of logits.
+# ---------------------------------------------------------------- the loss
 
-    The loss is linear in the log-probabilities, so the gradient of a chunk is known as soon as its logits are,
-        d loss / d logits_p = c_p (onehot(target_p) - π_p) / temperature:
-    it is taken on the spot, where the logits stand if they have its dtype, and nothing is kept or computed again.
 
-    project(hidden) -> logits (P, V), to be overwritten. Adds the head's gradient to grad_head_VE in place, because another
-    matrix of its size would be the largest thing in memory. Returns the loss (scalar), log π(target_p) (P,) float32, and
-    the gradient of hidden_PE.
+def token_loss(logprobs_P: Tensor, advantages_P: Tensor, num_tokens: int) -> Tensor:
+    """- sum_p A_p log π(token_p) / num_tokens: what these response tokens add to the batch's loss, nats per token.
+
+    advantages_P: of the answer that each token belongs to. num_tokens: all kept response tokens of the batch, however it
+    is cut into rows, so that every token of it weighs the same (DAPO, arXiv:2503.14476, eq. 8).
     """
-    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * head_VE.shape[0]))
-    grad_hidden_PE = torch.empty_like(hidden_PE)
-    logprobs_P = hidden_PE.new_empty(len(hidden_PE), dtype=torch.promote_types(head_VE.dtype, torch.float32))
-    for hidden_CE, targets_C, coefficients_C, logprobs_C, grad_hidden_CE in zip(
-        *(t.split(rows) for t in (hidden_PE, targets_P, coefficients_P, logprobs_P, grad_hidden_PE)), strict=True
-    ):
-        grad_CV = _logits_gradient(project(hidden_CE), targets_C, coefficients_C, logprobs_C, dtype=head_VE.dtype,
-                                   temperature=temperature, vocab_size=vocab_size)
-        torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
-        grad_head_VE.addmm_(grad_CV.t(), hidden_CE)
-        del grad_CV  # what is large dies before its successor is made
-    return (coefficients_P * logprobs_P).sum(), logprobs_P, grad_hidden_PE
+    return -(advantages_P * logprobs_P).sum() / num_tokens
 
 
-def _logits_gradient(
-    logits_CV: Tensor, targets_C: Tensor, coefficients_C: Tensor, logprobs_C: Tensor, *,
-    dtype: torch.dtype, temperature: float, vocab_size: int,
+def response_logprobs(
+    model: Transformer, row: Row, *, temperature: float, vocab_size: int, checkpoint_layers: int = 0
 ) -> Tensor:
-    """d loss / d logits (C, V) in `dtype`, written over the logits where that is theirs; fills logprobs_C."""
-    rows = max(1, LOGIT_BLOCK_BYTES[logits_CV.device.type] // (4 * logits_CV.shape[1]))
-    grad_CV = logits_CV if logits_CV.dtype == dtype else torch.empty_like(logits_CV, dtype=dtype)
-    scales_C = coefficients_C.to(logprobs_C.dtype) / temperature
-    for logits_RV, targets_R1, scales_R1, logprobs_R1, grad_RV in zip(
-        *(t.split(rows) for t in (logits_CV, targets_C[:, None], scales_C[:, None], logprobs_C[:, None], grad_CV)), strict=True
-    ):
-        log_probs_RV = log_probs(logits_RV.to(logprobs_C.dtype), temperature, vocab_size)
-        logprobs_R1.copy_(log_probs_RV.gather(1, targets_R1))
-        grad_RV.copy_(log_probs_RV.exp_().mul_(-scales_R1).scatter_add_(1, targets_R1, scales_R1))
-        del log_probs_RV
-    return grad_CV
-
-
-def zero_gradient(model: Transformer) -> None:
-    """Matrices of zeros for accumulate_gradient to add to; made all at once, they leave no holes in memory."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-
-
-def accumulate_gradient(
-    model: Transformer, row: Row, *, num_tokens: int, temperature: float, vocab_size: int, checkpoint_layers: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Add a row's share of the gradient of - sum A log π / num_tokens to the weights' .grad, which stands already.
-
-    Returns that share of the loss, and |log π - the sampler's log π| of its response tokens (P,).
-    """
+    """log π of each response token of a packed row (P,), float32, nats, by the distribution that the sampler drew from."""
     attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
-    hidden_PE, head_VE = hidden_1SE[0, row.sources_P], model.head_weight_VE
-    with torch.no_grad():
-        loss, logprobs_P, grad_hidden_PE = token_loss(
-            hidden_PE, head_VE, row.targets_P, -row.advantages_P / num_tokens, head_VE.grad,
-            project=model.logits, temperature=temperature, vocab_size=vocab_size,
-        )  # fmt: skip
-    hidden_PE.backward(grad_hidden_PE)
-    return loss, (logprobs_P - row.sampler_logprobs_P).abs()
+    return TargetLogprobs.apply(hidden_1SE[0, row.sources_P], row.targets_P, model, temperature, vocab_size)
+
+
+class TargetLogprobs(torch.autograd.Function):
+    """log π(target_p) from hidden states, in which no more than a chunk of the logits (P, V) ever exists.
+
+    Neither pass keeps logits: the backward pass computes a chunk's again, and from them
+        d log π(target_p) / d logits_p = (onehot(target_p) - π_p) / temperature.
+    It adds the head's gradient to the one that stands, because another matrix of its size would be the largest thing in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_PE: Tensor, targets_P: Tensor, model: Transformer, temperature: float, vocab_size: int) -> Tensor:
+        ctx.save_for_backward(hidden_PE, targets_P)
+        ctx.model, ctx.temperature, ctx.vocab_size = model, temperature, vocab_size
+        logprobs_P = hidden_PE.new_empty(len(hidden_PE), dtype=torch.promote_types(hidden_PE.dtype, torch.float32))
+        for hidden_CE, targets_C, logprobs_C in _chunks(model, hidden_PE, targets_P, logprobs_P):
+            logits_CV = model.logits(hidden_CE).to(logprobs_P.dtype)
+            logprobs_C.copy_(log_probs(logits_CV, temperature, vocab_size).gather(1, targets_C[:, None])[:, 0])
+            del logits_CV  # what is large dies before its successor is made
+        return logprobs_P
+
+    @staticmethod
+    def backward(ctx, grad_P: Tensor):
+        hidden_PE, targets_P = ctx.saved_tensors
+        head_VE, grad_hidden_PE = ctx.model.head_weight_VE, torch.empty_like(hidden_PE)
+        if head_VE.grad is None:
+            head_VE.grad = torch.zeros_like(head_VE)
+        grad_P = grad_P / ctx.temperature
+        for hidden_CE, targets_C, grad_C, grad_hidden_CE in _chunks(ctx.model, hidden_PE, targets_P, grad_P, grad_hidden_PE):
+            logits_CV = ctx.model.logits(hidden_CE).to(grad_P.dtype)
+            probs_CV = log_probs(logits_CV, ctx.temperature, ctx.vocab_size).exp_()
+            del logits_CV
+            grad_CV = probs_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None]).to(head_VE.dtype)
+            torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
+            head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
+            del probs_CV, grad_CV
+        return grad_hidden_PE, None, None, None, None
+
+
+def _chunks(model: Transformer, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    head_VE = model.head_weight_VE
+    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
+    return zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+# ---------------------------------------------------------------- learn
 
 
 def update_policy(
@@ -188,18 +186,17 @@ def update_policy(
     vocab_size: int | None = None,
     micro_batch_tokens: int = 8192,
     checkpoint_layers: int = 0,
-    progress: Callable[[int], None] = lambda tokens: None,
+    watch: Watch = UNWATCHED,
 ) -> UpdateStats:
     """One policy-gradient step on a batch of episodes (steps 4 to 6 of the algorithm in the README).
 
-    loss = - sum_ij m_ij sum_t A_ij log π(a_ij[t]) / sum_ij m_ij |a_ij|, with m_ij = 0 for an unfinished answer if
+    loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|, with m_ij = 0 for an unfinished answer if
     skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing; answers
     whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage is 0, or a number is not finite;
-    broken_questions then names the questions behind it. If progress raises, weights and optimizer are as they were.
+    broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
-    clock = time.perf_counter()
     advantages = episode_advantages(episodes)
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
     run = [i for i in kept if advantages[i] != 0]
@@ -208,48 +205,40 @@ def update_policy(
         return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
     if not run:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
-    zero_gradient(model)
-    loss, tokens_run, differences, broken = 0.0, 0, [], set()
-    for row in pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens):
-        row_loss, difference_P = accumulate_gradient(
-            model, row.to(model.head_weight_VE.device), num_tokens=num_tokens, temperature=temperature, vocab_size=vocab_size,
-            checkpoint_layers=checkpoint_layers,
-        )  # fmt: skip
-        loss += float(row_loss)
-        tokens_run += len(row.tokens_S)
-        differences.append(difference_P)
-        if not math.isfinite(row_loss):
-            broken |= set(row.question_ids)
-        progress(len(row.tokens_S))
-    grad_norm = clip_gradient(model, max_grad_norm)
+
+    loss, differences, broken = 0.0, [], set()
+    gradient = zero_gradient(model.parameters())
+    rows = list(pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens))
+    with watch.part("gradient", sum(len(row.tokens_S) for row in rows)):
+        for row in rows:
+            row = row.to(gradient.device)
+            logprobs_P = response_logprobs(
+                model, row, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
+            )  # fmt: skip
+            row_loss = token_loss(logprobs_P, row.advantages_P, num_tokens)
+            row_loss.backward()
+            loss += row_loss.item()
+            differences.append((logprobs_P.detach() - row.sampler_logprobs_P).abs())
+            if not math.isfinite(row_loss.item()):
+                broken |= set(row.question_ids)
+            watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
+
+    grad_norm = norm(gradient)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in run})
-    gradient_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-    changed = optimizer.step()
-    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
+    if grad_norm > max_grad_norm:
+        gradient.mul_(max_grad_norm / grad_norm)
+    with watch.part("optimizer", 1):
+        changed = optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
     difference_P = torch.cat(differences)
     return UpdateStats(
         loss=loss, grad_norm=grad_norm, num_tokens=num_tokens,
         logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
         weights_changed=stored, weights_changed_fp32=exact,
-        tokens_run=tokens_run, gradient_seconds=gradient_seconds, optimizer_seconds=time.perf_counter() - clock,
     )  # fmt: skip
-
-
-def clip_gradient(model: Transformer, max_norm: float) -> float:
-    """Scale the gradient down to max_norm; returns its norm before, taken in float32 whatever the weights' dtype."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    pieces = [piece for grad in grads for piece in grad.view(-1).split(2**20)]  # each is copied as float32
-    norms = torch.empty(len(pieces), device=grads[0].device)  # in place: results of their own would lie between the copies
-    for i, piece in enumerate(pieces):
-        torch.linalg.vector_norm(piece, dtype=torch.float32, out=norms[i])
-    norm = float(torch.linalg.vector_norm(norms))
-    if norm > max_norm:
-        for grad in grads:
-            grad.mul_(max_norm / norm)
-    return norm
 
 
 def _is_finite(episode: Episode) -> bool:

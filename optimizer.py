@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from flat import flat_gradient, flat_weights
+
 # Weights updated at a time: bounds the float32 temporaries, which fit into a CPU's cache, and what is in transit when offloaded.
 PIECE = {"cpu": 2**18, "cuda": 2**21}
 IN_TRANSIT = 3  # pieces on the device at once when offloaded: one fetched, one computed, one written back
@@ -39,13 +41,12 @@ class AdamW:
         dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
         if kinds == {torch.bfloat16}:
             dtypes["low"] = torch.int16
-        device = self.params[0].device
-        self.offloaded = offload and device.type == "cuda"
-        total = sum(p.numel() for p in self.params)
-        home = "cpu" if self.offloaded else device
-        self.state = {name: torch.zeros(total, dtype=dtype, device=home) for name, dtype in dtypes.items()}
+        weights = flat_weights(self.params)
+        self.offloaded = offload and weights.is_cuda
+        home = "cpu" if self.offloaded else weights.device
+        self.state = {name: torch.zeros(len(weights), dtype=dtype, device=home) for name, dtype in dtypes.items()}
         if self.offloaded:
-            self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.up, self.down = torch.cuda.Stream(weights.device), torch.cuda.Stream(weights.device)
             for tensor in self.state.values():
                 _page_lock(tensor)
 
@@ -60,13 +61,13 @@ class AdamW:
         Returns the share of the weights whose stored value changed, and the share that changed as float32.
         """
         self.steps += 1
-        total = len(self.state["exp_avg"])
-        changed = torch.zeros(2, device=self.params[0].device)
-        pieces = list(self._pieces())
-        places = [slice(offset, offset + len(weight)) for offset, weight, _ in pieces]
-        for (_, weight, grad), state in zip(pieces, self._on_device(places), strict=True):
-            changed += self._update(weight, grad, *state)
-        stored, exact = (changed / total).tolist()
+        weights, gradient = flat_weights(self.params), flat_gradient(self.params)
+        size = PIECE[weights.device.type]
+        places = [slice(start, start + size) for start in range(0, len(weights), size)]
+        changed = torch.zeros(2, device=weights.device)
+        for place, state in zip(places, self._on_device(places), strict=True):
+            changed += self._update(weights[place], gradient[place], *state)
+        stored, exact = (changed / sum(p.numel() for p in self.params)).tolist()
         return stored, exact
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -88,19 +89,6 @@ class AdamW:
         self.steps = saved["steps"]
         for name, tensor in self.state.items():
             tensor.copy_(saved[name])
-
-    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(place in the state, weights, gradients) of at most PIECE weights each, flat."""
-        offset = 0
-        for p in self.params:
-            if p.grad is not None:
-                weights, grads = p.detach().view(-1), p.grad.reshape(-1)
-            else:
-                weights, grads = p.detach().view(-1), torch.zeros_like(p).view(-1)
-            size = PIECE[p.device.type]
-            for start in range(0, p.numel(), size):
-                yield offset + start, weights[start : start + size], grads[start : start + size]
-            offset += p.numel()
 
     def _update(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None) -> Tensor:
         """Overwrites weight and state; returns how many weights changed as stored and as float32."""

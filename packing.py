@@ -7,10 +7,9 @@ Every run of tokens attends to itself causally; an answer also sees the whole of
 (prompt, answer) would compute alone, but the prompt is run forward and backward once a group instead of once an answer.
 
 Dimension key: S tokens of a row, P scored response tokens, G runs (prompts and answers), Q tokens of the longest run,
-               L tokens of the longest prompt, C = L + Q keys, H query heads, K key heads, R = H / K, D head size.
+               L tokens of the longest prompt, C >= L + Q keys, H query heads, K key heads, R = H / K, D head size.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from data_types import Episode
 from qwen2_model import Attend
+
+KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,29 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
 
 
 def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
-    """The attention of a row: block-sparse on CUDA; on the CPU the runs side by side, each with its prompt's keys."""
-    return _attend_block_sparse(runs, num_tokens, device) if device.type == "cuda" else _attend_side_by_side(runs, num_tokens)
+    """The attention of a row: its runs side by side, each with its prompt's keys before its own.
 
-
-def _attend_side_by_side(runs: list[Run], num_tokens: int) -> Attend:
-    """Runs of like length form a batch, so that a long one does not stretch them all.
-
-    As in the KV cache, the query heads that share a key head are folded into the query length.
+    Runs of like length form a batch, so that a long one does not stretch them all. As in the KV cache, the query heads
+    that share a key head are folded into the query length.
     """
     batches: dict[int, list[Run]] = {}
     for run in runs:
         batches.setdefault(run.length.bit_length(), []).append(run)
     layouts, back_S, offset = [], torch.empty(num_tokens, dtype=torch.long), 0
     for batch in batches.values():
-        own_GQ, keys_GC, mask_G1QC, real_GQ = _lay_side_by_side(batch)
-        layouts.append((own_GQ, keys_GC, mask_G1QC))
+        own_GQ, keys_GC, visible_GQC, real_GQ = _lay_side_by_side(batch)
+        layouts.append((own_GQ.to(device), keys_GC.to(device), visible_GQC.to(device)))
         back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
         offset += own_GQ.numel()
+    back_S = back_S.to(device)
     biases: list[Tensor] = []  # 0, or -inf where a query must not look; made by the first layer for all
 
     def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
         (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
         if not biases:
-            for _, _, mask_G1QC in layouts:
-                bias_G1QC = torch.zeros(mask_G1QC.shape, dtype=q_1HSD.dtype).masked_fill_(~mask_G1QC, -torch.inf)
-                biases.append(bias_G1QC.repeat(1, 1, H // K, 1))
+            for _, _, visible_GQC in layouts:
+                bias_GQC = torch.zeros(visible_GQC.shape, dtype=q_1HSD.dtype, device=device).masked_fill_(~visible_GQC, -torch.inf)
+                biases.append(bias_GQC.repeat(1, H // K, 1)[:, None])
         outputs = []
         for (own_GQ, keys_GC, _), bias_G1XC in zip(layouts, biases, strict=True):  # X = R * Q
             G, Q = own_GQ.shape
@@ -144,34 +142,7 @@ def _lay_side_by_side(runs: list[Run]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompt_GL = prompt_start_G1 + torch.arange(L).minimum((prompt_length_G1 - 1).clamp(min=0))
     sees_prompt_GQL = (torch.arange(L) < prompt_length_G1)[:, None].expand(-1, Q, -1)
     sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(runs), -1, -1)
-    mask_G1QC = torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2)[:, None]
-    return own_GQ, torch.cat((prompt_GL, own_GQ), dim=1), mask_G1QC, steps_Q < length_G1
-
-
-def _attend_block_sparse(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask  # here: its import takes as long as all of torch's
-
-    own_S = torch.empty(num_tokens, dtype=torch.int32)
-    prompt_S = torch.empty(num_tokens, dtype=torch.int32)
-    for r in runs:
-        own_S[r.start : r.start + r.length] = r.start
-        prompt_S[r.start : r.start + r.length] = r.prompt_start
-    own_S, prompt_S = own_S.to(device), prompt_S.to(device)
-
-    def visible(batch, head, query, key):
-        return (key <= query) & ((own_S[key] == own_S[query]) | (own_S[key] == prompt_S[query]))
-
-    block_mask = create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
-
-    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
-        return _compiled_flex_attention()(q_1HSD, k_1KSD, v_1KSD, block_mask=block_mask, enable_gqa=True)
-
-    return attend
-
-
-@functools.cache
-def _compiled_flex_attention():
-    """FlexAttention is block-sparse only when compiled; once a process, for any row length."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+    unseen = -(L + Q) % KEY_MULTIPLE
+    keys_GC = F.pad(torch.cat((prompt_GL, own_GQ), dim=1), (0, unseen))
+    visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, unseen))
+    return own_GQ, keys_GC, visible_GQC, steps_Q < length_G1

@@ -9,21 +9,19 @@ Dimension key: B sequences, S tokens, E hidden size, V rows of the vocabulary he
 """
 
 import functools
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from flat import allocate
+from published_format import find_weights, read_config, read_weights, write_config, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
 
-MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
 SPAN = 64  # cached positions are read in multiples of this, so that a decode step has few distinct shapes
 
 
@@ -50,70 +48,10 @@ class Qwen2Config:
     def from_json(cls, path: str | Path) -> "Qwen2Config":
         """Read a published config.json, in the spelling of transformers 4 or 5.
 
-        Raises FileNotFoundError, or ValueError naming the setting that this model does not implement.
+        Raises FileNotFoundError, or ValueError naming the setting that is damaged or that this model does not implement.
         """
-        path = Path(path)
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist; a model directory holds a config.json") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); fetch the model again") from None
-        if not isinstance(raw, dict) or not all(isinstance(raw.get(n) or {}, dict) for n in ("rope_parameters", "rope_scaling")):
-            raise ValueError(f"{path} is not a model's config; fetch the model again")
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        rope = raw.get("rope_parameters") or {}
-        scaling = raw.get("rope_scaling") or rope
-        refusals = {
-            "model_type": (raw.get("model_type"), "qwen2"),
-            "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-            "use_sliding_window": (bool(raw.get("use_sliding_window", False)), False),
-            "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
-        }
-        for name, (got, wanted) in refusals.items():
-            if got != wanted:
-                raise ValueError(f"{path}: {name}={got!r} is not supported, only {wanted!r}; use a dense Qwen2.5 model")
-        raw.setdefault("rope_theta", rope.get("rope_theta"))
-        raw.setdefault("tie_word_embeddings", False)
-        missing = [n for n, f in cls.__dataclass_fields__.items() if raw.get(n) is None and not n.endswith("token_id")]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; fetch the model again")
-        for name, kind in cls.__annotations__.items():
-            if kind is int and not (type(raw.get(name)) is int and raw[name] > 0):
-                raise ValueError(f"{path}: {name}={raw.get(name)!r} must be a positive integer; fetch the model again")
-        head_dim = raw["hidden_size"] // raw["num_attention_heads"]
-        if raw.get("head_dim") not in (None, head_dim):
-            raise ValueError(f"{path}: head_dim={raw['head_dim']} is not supported, only {head_dim}; use a dense Qwen2.5 model")
-        return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__})
-
-    def to_json(self, path: str | Path, dtype: torch.dtype) -> None:
-        """Write a config.json that transformers 4 and 5 and vLLM read."""
-        name = str(dtype).removeprefix("torch.")
-        fixed = {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "use_sliding_window": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "torch_dtype": name,
-            "dtype": name,
-        }
-        Path(path).write_text(json.dumps(fixed | asdict(self), indent=2) + "\n")
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        x32 = x_BSE.float()  # bf16 squares lose the small ones
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x_BSE.dtype)
+        published = read_config(Path(path))
+        return cls(**{name: getattr(published, name) for name in cls.__dataclass_fields__})
 
 
 def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
@@ -122,51 +60,14 @@ def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     return x_BHSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
 
 
-def project(x_PE: Tensor, weight_OE: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b, (P, O)."""
-    packed = getattr(weight_OE, "packed", None)
-    if packed is None or torch.is_grad_enabled():
-        return F.linear(x_PE, weight_OE, bias_O)
-    return torch.ops.mkldnn._linear_pointwise(x_PE, packed, bias_O, "none", [], "")
-
-
-@contextmanager
-def packed_for_decoding(model: "Transformer", batch_size: int) -> Iterator[None]:
-    """Within, the products of a bf16 model on the CPU have their weights in the order of its dot-product instructions.
-
-    A product with few rows otherwise spends a third of its time rearranging them. Takes the weights' memory once more.
-    """
-    weights = []
-    if packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
-        weights = [m.weight for m in model.modules() if isinstance(m, Linear)] + [model.head_weight_VE]
-    try:
-        for weight_OE in weights:
-            weight_OE.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), batch_size)
-        yield
-    finally:
-        for weight_OE in weights:
-            weight_OE.packed = None
-
-
-def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
-    if device != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return False
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class Linear(nn.Linear):
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        return project(x_BSE, self.weight, self.bias)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         size, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = Linear(size, config.num_attention_heads * self.head_dim, bias=True)
-        self.k_proj = Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
-        self.v_proj = Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=True)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
 
     def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         B, S, _ = x_BSE.shape
@@ -181,9 +82,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
@@ -192,9 +93,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
@@ -232,7 +133,7 @@ class Decoder(nn.Module):
             nn.init.normal_(weight_VE)
         self.embed_tokens = nn.Embedding.from_pretrained(weight_VE, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 def attend_causally(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
@@ -351,7 +252,7 @@ class Transformer(nn.Module):
         """
         if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
             return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32)
-        return project(hidden_PE, self.head_weight_VE)
+        return F.linear(hidden_PE, self.head_weight_VE)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, causal; padding on the right changes nothing to its left."""
@@ -377,80 +278,22 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device, dtype: torch.dtype) -> "Transformer":
-        """Load a published checkpoint: one tensor at a time into weights that already stand on the device.
+        """Load a published checkpoint: one tensor at a time into weights that already stand, flat, on the device.
 
         Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
         """
         directory = Path(directory)
-        config = Qwen2Config.from_json(directory / "config.json")
         with torch.device("meta"):
-            model = cls(config)
-        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-        files = _weight_files(directory)
-        found = {}
-        for file in files:
-            for name, shape in _read_safetensors(file, lambda f: {n: f.get_slice(n).get_shape() for n in f.keys()}).items():  # noqa: SIM118
-                found[name] = (file, tuple(shape))
-        if config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)  # some tied checkpoints store the embedding twice
-        if wrong := [f"missing {n}" for n in expected.keys() - found] + [f"unexpected {n}" for n in found.keys() - expected]:
-            raise ValueError(f"{directory}: the weights do not match config.json: {'; '.join(sorted(wrong)[:8])}"
-                             f"{' …' if len(wrong) > 8 else ''}; fetch the model again")
-        for name, (file, shape) in found.items():
-            if shape != tuple(expected[name]):
-                raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {tuple(expected[name])}; "
-                                 "weights and config belong to different models")
-        model = model.to(dtype).to_empty(device=device)
-        parameters = dict(model.named_parameters())
-        for file in files:
-            def copy(f, file=file):
-                for name, (origin, _) in found.items():
-                    if origin == file:
-                        parameters[name].data.copy_(f.get_tensor(name))
-            _read_safetensors(file, copy)
+            model = cls(Qwen2Config.from_json(directory / "config.json"))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        files = find_weights(directory, shapes, tied=model.config.tie_word_embeddings)
+        allocate(model, device=device, dtype=dtype)
+        read_weights(files, {name: parameter.detach() for name, parameter in model.named_parameters()})
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.safetensors (or shards of at most 5 GB and their index) and config.json in the published format."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob("model*.safetensors*"):  # an old index would win over a new single file
-            stale.unlink()
-        shards, room = [{}], MAX_SHARD_BYTES
-        for name, parameter in self.named_parameters():
-            if parameter.nbytes > room and shards[-1]:
-                shards.append({})
-                room = MAX_SHARD_BYTES
-            shards[-1][name] = parameter.detach()
-            room -= parameter.nbytes
-        names = ["model.safetensors"]
-        if len(shards) > 1:
-            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-            index = {"metadata": {"total_size": sum(p.nbytes for p in self.parameters())},
-                     "weight_map": {n: file for file, shard in zip(names, shards, strict=True) for n in shard}}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for file, shard in zip(names, shards, strict=True):
-            save_file({n: t.cpu().contiguous() for n, t in shard.items()}, directory / file, metadata={"format": "pt"})
-        self.config.to_json(directory / "config.json", self.head_weight_VE.dtype)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if index.exists():
-        try:
-            files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is not a safetensors index; fetch the model again") from None
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist; fetch the model again (only safetensors weights are read)")
-    return files
-
-
-def _read_safetensors(path: Path, read: Callable):
-    try:
-        with safe_open(path, framework="pt") as f:
-            return read(f)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch the model again") from None
+        write_weights(directory, {name: parameter.detach() for name, parameter in self.named_parameters()})
+        write_config(directory / "config.json", asdict(self.config), self.head_weight_VE.dtype)

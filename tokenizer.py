@@ -8,6 +8,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer as FastTokenizer
 
+from published_format import read_json, read_text
+
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -22,7 +24,7 @@ class Tokenizer:
     def __init__(self, directory: Path, fast: FastTokenizer, settings: dict, stop_ids: frozenset[int], template: str):
         self._directory, self._fast, self._settings = directory, fast, settings
         # Kept, because a resumed run reads them from a checkpoint that it will remove.
-        self._files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+        self._files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
         self.stop_ids = stop_ids
         self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
         pad_id = fast.token_to_id(_content(settings.get("pad_token")))
@@ -44,15 +46,14 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; a model directory holds the tokenizer beside the weights")
+        text = read_text(path)
         try:
-            fast = FastTokenizer.from_file(str(path))
+            fast = FastTokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is damaged ({error}); fetch the model again") from None
-        settings = _read_json(directory / "tokenizer_config.json")
+        settings = read_json(directory / "tokenizer_config.json")
         template_file = directory / "chat_template.jinja"
-        template = template_file.read_text() if template_file.exists() else settings.get("chat_template")
+        template = read_text(template_file) if template_file.exists() else settings.get("chat_template")
         if not isinstance(template, str):
             raise ValueError(f"{directory} has no chat template; use an Instruct model, or add its chat_template.jinja")
         return cls(directory, fast, settings, _stop_ids(directory, fast, settings), template)
@@ -91,31 +92,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 def _stop_ids(directory: Path, fast: FastTokenizer, settings: dict) -> frozenset[int]:
     generation = directory / "generation_config.json"
-    ids = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = read_json(generation).get("eos_token_id") if generation.exists() else None
     if ids is None:
         ids = fast.token_to_id(_content(settings.get("eos_token")))
-    ids = frozenset([ids] if isinstance(ids, int) else ids or [])
-    if not ids or not all(isinstance(i, int) and i >= 0 and fast.id_to_token(i) is not None for i in ids):
-        raise ValueError(f"{directory}: stop ids {sorted(ids, key=str)} are not in the tokenizer; set eos_token_id in "
+    ids, known = ids if isinstance(ids, list) else [ids], set(fast.get_vocab(with_added_tokens=True).values())
+    if not ids or not all(type(i) is int and i in known for i in ids):
+        raise ValueError(f"{directory}: stop ids {ids!r:.100} are not in the tokenizer; set eos_token_id in "
                          "generation_config.json, or eos_token in tokenizer_config.json")
-    return ids
+    return frozenset(ids)
 
 
 def _content(token: str | dict | None) -> str:
     """A special token is published as its text, or as a dict around it."""
-    return token.get("content", "") if isinstance(token, dict) else token or ""
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; fetch the model again") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the model again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object; fetch the model again")
-    return value
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 def _raise_template_error(message: str):

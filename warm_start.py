@@ -1,121 +1,160 @@
-"""The small base model of config_tiny.yaml, made from nothing in a minute or two: `uv run train.py` calls this once.
+"""Make the small base model of config_tiny.yaml from nothing: uv run warm_start.py [--out models/tiny] [--steps N] [--seed N]
 
 It plays the part that pretraining plays for Qwen2.5-3B: afterwards the model writes the format, calculates and judges
 its own attempts honestly, but gives up too early to win often. That last habit is what GRPO then changes.
 
-The traces it imitates try what two of the numbers give, with each use of the third, in random order; most give up:
+The traces it imitates take the pairs of the three numbers in random order, and try what each pair gives with each use of
+the third number; most give up:
 
-     3 + 5 = 8; 8 + 7 = 15, want 6: no; 8 - 7 = 1, want 6: no
-     7 - 5 = 2; 2 + 3 = 5, want 6: no, I give up</think>
-    <answer>(7 - 5) + 3</answer>
+     3 + 5 = 8; 8 + 7 = 15, want 6: no; 8 - 7 = 1, want 6: no; 8 * 7 = 56, want 6: no
+     5 - 3 = 2; 2 + 7 = 9, want 6: no, I give up</think>
+    <answer>(5 - 3) + 7</answer>
 
-They come from training questions only. Writing the target beside the value makes the verdict a comparison of
-neighbours: without it the model said "yes" to one wrong value in six. A first step stands once for all that follow from
-it, so that not trying the same again takes a memory of nine first steps instead of thirty attempts.
+They come from training questions only. Writing the target beside the value makes the verdict a comparison of neighbours:
+without it the model said "yes" to one wrong value in six. Going through a pair in one order means that not to try the same
+again takes a memory of three pairs instead of thirty attempts.
 """
 
+import argparse
 import json
 import random
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import countdown_task
 from data_types import Episode, Reward
-from grpo import accumulate_gradient, zero_gradient
-from harness.config import Config
+from flat import allocate, zero_gradient
+from grpo import response_logprobs, token_loss
+from harness import cpu
+from harness.config import load_config
 from packing import pack_rows
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
+HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KEY_HEADS = 128, 3, 4, 2
+STEPS, TRACES_PER_STEP, TRACES_PER_QUESTION = 3000, 64, 2
+LEARNING_RATE_MATRICES = 0.02  # Muon
+LEARNING_RATE_OTHERS = 1e-2  # AdamW: embedding, norms, biases
+MICRO_BATCH_TOKENS = 2048
+MAX_FIRST, MAX_SECOND = 100, 50  # steps whose value is larger are not written: every number stays one token
+PERSISTENT_SHARE = 0.2  # of the traces: they go on until they hit
+GIVE_UP = 0.5  # probability, in the others, of giving up after a failing attempt
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-MAX_VALUE = 50  # attempts whose value leaves 0..MAX_VALUE are not written: every number stays one token
-PERSISTENT_SHARE = 0.2  # of the traces: they go on until they hit
-GIVE_UP = 0.45  # probability, in the others, of giving up after a failing attempt
-LEARNING_RATE_MATRICES = 0.02  # Muon
-LEARNING_RATE_OTHERS = 1e-2  # AdamW
-TRACES_PER_QUESTION = 2
-MICRO_BATCH_TOKENS = 2048
+PHRASES = (" + ", " - ", " * ", " / ", " = ", "; ", ", ", ", want ", ": no", ": yes", "\n ", "\n", ", I give up",
+           "</think>\n<answer>", "</answer>", "(", ")")  # fmt: skip
+# How Qwen2.5's tokenizer cuts text before its merges; transformers puts it into any tokenizer beside a Qwen2 model.
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def make_base_model(config: Config, *, progress: Callable[[int, float], None]) -> None:
-    """Write a tokenizer and a trained tiny Qwen2 into config.model.path, in the published format.
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Make the small base model of config_tiny.yaml from nothing.")
+    parser.add_argument("--out", default="models/tiny", metavar="DIRECTORY", help="must not exist yet (default: models/tiny)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"supervised steps (default: {STEPS})")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    aside = Path(f"{out}.partial")
+    try:
+        if out.exists():
+            raise ValueError(f"--out {out} exists; remove it first, or name another")
+        if arguments.steps < 1:
+            raise ValueError(f"--steps {arguments.steps}: wanted at least 1")
+        cpu.prepare_process()
+        shutil.rmtree(aside, ignore_errors=True)
+        make_base_model(aside, steps=arguments.steps, seed=arguments.seed)
+        aside.rename(out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {out} was not made", file=sys.stderr)
+        return 130
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out}")
+    return 0
 
-    progress(step, loss) is called after every step. The directory appears only when it is whole.
-    """
-    warm, data = config.warm_start, config.data
-    problems, _ = countdown_task.load_problems(data)
-    directory = Path(config.model.path)
-    aside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    rng = random.Random(warm.seed)
-    groups = example_groups(problems, rng)
-    make_tokenizer(aside, [prompt + trace for prompt, traces in (next(groups) for _ in range(100)) for trace in traces])
-    tokenizer = Tokenizer.from_pretrained(aside)
+
+def make_base_model(directory: Path, *, steps: int, seed: int) -> None:
+    """Write a tokenizer and a trained tiny Qwen2 in the published format, and what its prompt looked like."""
+    problems, _ = countdown_task.load_problems(load_config("config_tiny.yaml").data)
+    make_tokenizer(directory)
+    tokenizer = Tokenizer.from_pretrained(directory)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(warm.seed)
-        model = new_model(warm, tokenizer)
-    train_supervised(model, tokenizer, example_groups(problems, rng), steps=warm.steps,
-                     questions_per_step=warm.batch_size // TRACES_PER_QUESTION, progress=progress)
-    model.save_pretrained(aside)
-    aside.rename(directory)
+        torch.manual_seed(seed)
+        model = new_model(tokenizer, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
+    train_supervised(model, tokenizer, example_groups(problems, tokenizer, random.Random(seed)), steps=steps)
+    model.save_pretrained(directory)
+    problem = {"numbers": [3, 5, 7], "target": 22}
+    prompt_token_ids = tokenizer.encode(countdown_task.render_prompt(problem, tokenizer))
+    made_for = {"task": "countdown_task", "problem": problem, "prompt_token_ids": prompt_token_ids}
+    (directory / "made_for.json").write_text(json.dumps(made_for) + "\n")
 
 
-def example_groups(problems, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+# ---------------------------------------------------------------- what it imitates
+
+
+def example_groups(problems, tokenizer: Tokenizer, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
     """Endless (prompt, traces) over random training problems."""
-    render = _PromptRenderer()
     while True:
         problem = problems[rng.randrange(len(problems))]
-        attempts = all_attempts(problem["numbers"])
-        if any(value == problem["target"] for group in attempts.values() for _, _, value in group):
-            traces = [make_trace(attempts, problem["target"], rng) + "<|im_end|>" for _ in range(TRACES_PER_QUESTION)]
-            yield countdown_task.render_prompt(problem, render), traces
+        pairs = all_attempts(problem["numbers"])
+        if any(value == problem["target"] for pair in pairs for _, seconds in pair for _, _, value in seconds):
+            traces = [make_trace(pairs, problem["target"], rng) + "<|im_end|>" for _ in range(TRACES_PER_QUESTION)]
+            yield countdown_task.render_prompt(problem, tokenizer), traces
 
 
-class _PromptRenderer:
-    """Renders the chat template before there is a tokenizer to hold it."""
-
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return turns + "<|im_start|>assistant\n"
-
-
-def make_trace(attempts: dict[str, list[tuple[str, str, int]]], target: int, rng: random.Random) -> str:
-    """A response: attempts in random order of their first steps, until one hits or the trace gives up."""
+def make_trace(pairs: list[list], target: int, rng: random.Random) -> str:
+    """A response: the pairs in random order, all attempts of each, until one hits or the trace gives up."""
     give_up = 0.0 if rng.random() < PERSISTENT_SHARE else GIVE_UP
     text = ""
-    for first in rng.sample(list(attempts), len(attempts)):
-        text += f"\n {first}"
-        for answer, second, value in attempts[first]:
-            text += f"; {second}, want {target}: {'yes' if value == target else 'no'}"
-            gives_up = value != target and rng.random() < give_up
-            if value == target or gives_up:
-                return f"{text}{', I give up' if gives_up else ''}</think>\n<answer>{answer}</answer>"
+    for pair in rng.sample(pairs, len(pairs)):
+        for first, seconds in pair:
+            text += f"\n {first}"
+            for answer, second, value in seconds:
+                text += f"; {second}, want {target}: {'yes' if value == target else 'no'}"
+                gives_up = value != target and rng.random() < give_up
+                if value == target or gives_up:
+                    return f"{text}{', I give up' if gives_up else ''}</think>\n<answer>{answer}</answer>"
     raise AssertionError("no attempt hits")
 
 
-def all_attempts(numbers: list[int]) -> dict[str, list[tuple[str, str, int]]]:
-    """The ways to combine three numbers in whole steps: first step -> (expression, second step, value) of each."""
-    attempts = {}
+def all_attempts(numbers: list[int]) -> list[list[tuple[str, list[tuple[str, str, int]]]]]:
+    """The ways to combine three numbers in whole steps: of each pair, its first steps, each with the
+    (expression, second step, value) that follow from it. What an earlier pair has given is not tried again.
+    """
+    pairs, known = [], set()
     for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
-        for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j]):
-            attempts[f"{inner} = {inner_value}"] = [
-                (outer.replace("?", f"({inner})"), f"{outer.replace('?', str(inner_value))} = {value}", value)
-                for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k])
-            ]
-    return attempts
+        pair = []
+        for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j], largest=MAX_FIRST):
+            if (first := f"{inner} = {inner_value}") not in known:
+                known.add(first)
+                pair.append((first, [
+                    (outer.replace("?", f"({inner})"), f"{outer.replace('?', str(inner_value))} = {value}", value)
+                    for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k], largest=MAX_SECOND)
+                ]))  # fmt: skip
+        pairs.append(pair)
+    return pairs
 
 
-def _results(a: str, a_value: int, b: str, b_value: int) -> Iterator[tuple[str, int]]:
-    """The ways to combine two numbers whose result is a whole number of 0..MAX_VALUE, as (text, value)."""
+def _results(a: str, a_value: int, b: str, b_value: int, *, largest: int) -> Iterator[tuple[str, int]]:
+    """The ways to combine two numbers whose result is a whole number of 0..largest, as (text, value)."""
     if b_value > a_value:
         large, small, difference = b, a, b_value - a_value
     else:
@@ -124,75 +163,127 @@ def _results(a: str, a_value: int, b: str, b_value: int) -> Iterator[tuple[str, 
     low, high = sorted((a_value, b_value))
     if low and high % low == 0:
         candidates.append((f"{large} / {small}", high // low))
-    return ((text, value) for text, value in candidates if value <= MAX_VALUE)
+    return ((text, value) for text, value in candidates if value <= largest)
 
 
-def make_tokenizer(directory: Path, texts: list[str]) -> None:
-    """A byte-level BPE whose merges run as long as the texts repeat: a fixed sentence is one token, and so is a number."""
-    fast = FastTokenizer(BPE())
-    digits = pre_tokenizers.Split(Regex("[0-9]+"), "isolated")
-    fast.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+# ---------------------------------------------------------------- the tokenizer and the model
+
+
+def make_tokenizer(directory: Path) -> None:
+    """Bytes, and above them each number, each phrase of a trace and each fixed sentence of the prompt as one added token.
+
+    Added tokens are cut out before anything else happens to a text. So the tokenizer stays the same in transformers, which
+    gives every tokenizer beside a Qwen2 model Qwen's own normalizer and pre-tokenizer.
+    """
+    template = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in (
+        ("system", countdown_task.SYSTEM_MESSAGE), ("user", countdown_task.USER_TEMPLATE)
+    )) + f"<|im_start|>assistant\n{countdown_task.RESPONSE_PREFIX}"  # fmt: skip
+    sentences = re.split(r"<\|im_start\|>|<\|im_end\|>\n|{numbers}|{target}", template)
+    sentences = [sentences[1], sentences[3] + "[", "]" + sentences[4], *sentences[5:]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = FastTokenizer(BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    fast.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     fast.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )  # fmt: skip
-    numbers = [" ".join(map(str, range(MAX_VALUE + 1)))] * 50  # each number often enough to become a token
-    fast.train_from_iterator([*texts, *numbers], trainer)
+    fast.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    texts = [*(s for s in sentences if s), *PHRASES, *map(str, range(MAX_FIRST + 1))]
+    fast.add_tokens([AddedToken(text, normalized=False) for text in texts])
     directory.mkdir(parents=True)
     fast.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (directory / "vocab.json").write_text(json.dumps(fast.get_vocab(with_added_tokens=False)))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    added = {str(i): {"content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                      "special": token.special} for i, token in fast.get_added_tokens_decoder().items()}  # fmt: skip
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "added_tokens_decoder": added}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     stop_ids = [fast.token_to_id("<|im_end|>"), fast.token_to_id("<|endoftext|>")]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}) + "\n")
 
 
-def new_model(warm, tokenizer: Tokenizer) -> Transformer:
-    """A freshly initialised Qwen2 of the configured shape, in float32 on the CPU."""
+def new_model(tokenizer: Tokenizer, *, hidden_size: int, num_layers: int) -> Transformer:
+    """A freshly initialised Qwen2 in float32 on the CPU."""
     shape = Qwen2Config(
-        vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=warm.hidden_size, intermediate_size=3 * warm.hidden_size,
-        num_hidden_layers=warm.num_layers, num_attention_heads=warm.num_heads, num_key_value_heads=max(1, warm.num_heads // 2),
+        vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KEY_HEADS,
         max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
         eos_token_id=min(tokenizer.stop_ids),
     )  # fmt: skip
-    model = Transformer(shape)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    allocate(model, device="cpu", dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(parameter)
+        if "norm" in name:
+            nn.init.ones_(parameter)
         elif parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[tuple[str, list[str]]], *, steps: int,
-                     questions_per_step: int, progress: Callable[[int, float], None]) -> None:
+# ---------------------------------------------------------------- supervised training
+
+
+def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[tuple[str, list[str]]], *, steps: int) -> None:
     """Maximum likelihood of the traces: the policy gradient of answers that all have advantage 1.
 
     Muon for the layers' matrices, AdamW for the rest, rates falling linearly to 0.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=LEARNING_RATE_MATRICES, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=LEARNING_RATE_OTHERS, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=steps) for o in optimizers]
-    for step in range(steps):
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(others, lr=LEARNING_RATE_OTHERS, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in tqdm(range(steps), desc="warm start", unit="step", leave=False, disable=None):
         episodes = []
-        for question_id in range(questions_per_step):
+        for question_id in range(TRACES_PER_STEP // TRACES_PER_QUESTION):
             prompt, responses = next(groups)
             prompt_ids = tokenizer.encode(prompt)
             for response in responses:
                 ids = tokenizer.encode(response)
                 episodes.append(Episode(question_id, prompt_ids, ids, [0.0] * len(ids), True, response, Reward(1.0, {})))
         num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
-        zero_gradient(model)
+        zero_gradient(model.parameters())
         for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
-            row_loss, _ = accumulate_gradient(model, row, num_tokens=num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
-            loss += float(row_loss)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-        progress(step, loss)
+            logprobs_P = response_logprobs(model, row, temperature=1.0, vocab_size=tokenizer.vocab_size)
+            row_loss = token_loss(logprobs_P, row.advantages_P, num_tokens)
+            row_loss.backward()
+            loss += row_loss.item()
+        left = 1 - step / steps
+        muon.step(lr=LEARNING_RATE_MATRICES * left)
+        adamw.param_groups[0]["lr"] = LEARNING_RATE_OTHERS * left
+        adamw.step()
+        if step % 100 == 99:
+            tqdm.write(f"step {step + 1} of {steps}: loss {loss:.4f}")
+
+
+class Muon:
+    """Momentum whose steps are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as torch.optim.Muon.
+
+    In float32: torch iterates in bf16, which a CPU without instructions for it computes seventy times slower.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], momentum: float = 0.95):
+        self.matrices, self.momentum = matrices, momentum
+        self.averages = [torch.zeros_like(matrix) for matrix in matrices]
+
+    @torch.no_grad()
+    def step(self, *, lr: float) -> None:
+        for matrix, average in zip(self.matrices, self.averages, strict=True):
+            average.lerp_(matrix.grad, 1 - self.momentum)
+            ahead = matrix.grad.lerp(average, self.momentum)  # Nesterov's
+            scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            matrix.add_(orthogonalise(ahead), alpha=-lr * scale)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Towards the nearest matrix whose singular values are 1, by five Newton-Schulz steps; they end between 0.6 and 1.2."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.t()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

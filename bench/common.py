@@ -13,7 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data_types import Question, Reward
-from harness.plan import PUBLISHED, find_shape, prepare_process
+from flat import allocate
+from harness import cpu
+from harness.plan import PUBLISHED, find_shape
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(
@@ -40,11 +42,12 @@ def work_parser() -> argparse.ArgumentParser:
 
 
 def random_model(shape: str, *, device: str, dtype: torch.dtype) -> Transformer:
-    prepare_process(device)
+    if device == "cpu":
+        cpu.prepare_process()
     config = TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}")
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    allocate(model, device=device, dtype=dtype)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -23,6 +23,8 @@ from common import (
 )
 
 from grpo import rollout
+from harness import cpu
+from harness.console import PhaseWatch
 from harness.plan import num_weights
 from qwen2_model import KVCache
 
@@ -41,20 +43,21 @@ def main() -> None:
     tokenizer = AnyTokenizer(config.vocab_size, stop_ids)
     questions = random_questions(args.questions, args.prompt, config.vocab_size)
     for _ in range(args.repeat):
-        stats = []
+        watch = PhaseWatch("rollout")
         synchronize(args.device)
-        episodes = rollout(
-            model, tokenizer, questions, num_answers=args.answers, max_gen_len=args.length, temperature=1.0,
-            reward_function=random_reward(), generator=torch.Generator().manual_seed(0), on_stats=stats.append,
-            cache_bytes=int(args.cache_gib * 2**30) if args.cache_gib else None,
-        )  # fmt: skip
+        with cpu.packed_for_decoding(model, args.questions * args.answers):
+            episodes = rollout(
+                model, tokenizer, questions, num_answers=args.answers, max_gen_len=args.length, temperature=1.0,
+                reward_function=random_reward(), generator=torch.Generator().manual_seed(0), watch=watch,
+                cache_bytes=int(args.cache_gib * 2**30) if args.cache_gib else None,
+            )  # fmt: skip
         lengths = [len(e.response_token_ids) for e in episodes]
         prefill, decode = floor_seconds(config, dtype, args.prompt, args.questions, lengths, flops, bandwidth)
-        s = stats[0]
-        seconds = s.prefill_seconds + s.decode_seconds
-        print(f"prefill {s.prefill_seconds:6.2f} s (floor {prefill:.2f})  decode {s.decode_seconds:6.2f} s (floor {decode:.2f})  "
+        seconds, row_steps = watch.seconds["prefill"] + watch.seconds["decode"], watch.counts["row_steps"]
+        print(f"prefill {watch.seconds['prefill']:6.2f} s (floor {prefill:.2f})  "
+              f"decode {watch.seconds['decode']:6.2f} s (floor {decode:.2f})  "
               f"{sum(lengths) / seconds:7.1f} tokens/s, {(prefill + decode) / seconds:.0%} of the floor's; "
-              f"mean length {sum(lengths) / len(lengths):.0f}, wasted row-steps {s.wasted_row_steps / s.row_steps:.1%}, "
+              f"mean length {sum(lengths) / len(lengths):.0f}, wasted row-steps {1 - sum(lengths) / row_steps:.1%}, "
               f"peak memory {peak_bytes(args.device) / 2**30:.2f} GiB")
 
 

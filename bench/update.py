@@ -15,6 +15,7 @@ from common import matrix_rate, peak_bytes, random_model, synchronize, work_pars
 
 from data_types import Episode, Reward
 from grpo import update_policy
+from harness.console import PhaseWatch
 from harness.plan import num_weights
 from optimizer import AdamW
 
@@ -40,13 +41,14 @@ def main() -> None:
     for _ in range(args.repeat):
         synchronize(args.device)
         start = time.perf_counter()
-        stats = update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False,
-                              micro_batch_tokens=args.micro_batch_tokens, checkpoint_layers=args.checkpoint_layers)
+        watch = PhaseWatch("update")
+        update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, watch=watch,
+                      micro_batch_tokens=args.micro_batch_tokens, checkpoint_layers=args.checkpoint_layers)
         synchronize(args.device)
         seconds = time.perf_counter() - start
-        print(f"{seconds:6.2f} s: gradient {stats.gradient_seconds:.2f}, optimizer {stats.optimizer_seconds:.2f}; "
-              f"{responses / seconds:7.1f} response tokens/s, {stats.tokens_run} tokens run; utilisation of the gradient "
-              f"{needed / flops / stats.gradient_seconds:.0%}; peak {peak_bytes(args.device) / 2**30:.2f} GiB, "
+        print(f"{seconds:6.2f} s: gradient {watch.seconds['gradient']:.2f}, optimizer {watch.seconds['optimizer']:.2f}; "
+              f"{responses / seconds:7.1f} response tokens/s, {watch.counts['tokens_run']} tokens run; utilisation of the gradient "
+              f"{needed / flops / watch.seconds['gradient']:.0%}; peak {peak_bytes(args.device) / 2**30:.2f} GiB, "
               f"{(peak_bytes(args.device) - standing) / 2**30:.2f} above weights, gradients and optimizer state")
 
 

@@ -5,12 +5,12 @@
 data.path is a .jsonl file of {"question": …, "answer": …}; the answer is a number, or a text that ends in "#### number".
 """
 
-import json
 import re
 from decimal import Decimal
 from pathlib import Path
 
 from data_types import Reward
+from published_format import read_rows
 
 INSTRUCTION = (
     "{question}\n\nReason between <think> and </think>, then give only the final number between <answer> and </answer>, "
@@ -26,14 +26,11 @@ def load_problems(data) -> tuple[list[dict], list[dict]]:
 
     Raises FileNotFoundError or ValueError naming the file, the row and the remedy.
     """
-    path = Path(data.path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.path={path} does not exist; take grade_school_math/data/train.jsonl from "
-                                'https://github.com/openai/grade-school-math, or any .jsonl of {"question": …, "answer": …}')
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = [_read_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    remedy = ('take grade_school_math/data/train.jsonl from https://github.com/openai/grade-school-math, or any .jsonl of '
+              '{"question": "…", "answer": "… #### 42"}')
+    rows = [_read_problem(place, row) for place, row in read_rows(Path(data.path), ("question", "answer"), remedy=remedy)]
     if len(rows) <= data.test_size:
-        raise ValueError(f"{path} has {len(rows)} problems, and data.test_size={data.test_size} leaves none to train on; lower it")
+        raise ValueError(f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; lower it")
     test = rows[-data.test_size :]
     held_out = {problem["question"] for problem in test}
     return [problem for problem in rows[: -data.test_size] if problem["question"] not in held_out], test
@@ -65,12 +62,8 @@ def parse_number(text: str) -> Decimal | None:
     return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
 
 
-def _read_row(line: str, place: str) -> dict:
-    try:
-        row = json.loads(line)
-        question, answer = row["question"], str(row["answer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{place}: {error!r}; wanted {{"question": "…", "answer": "… #### 42"}}') from None
+def _read_problem(place: str, row: dict) -> dict:
+    question, answer = row["question"], str(row["answer"])
     number = parse_number(answer.rpartition("####")[2])
     if number is None or not isinstance(question, str):
         raise ValueError(f'{place}: the answer {answer[-60:]!r} does not end in a number; wanted "42" or "… #### 42"')

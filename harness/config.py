@@ -1,138 +1,237 @@
-"""The hyperparameters: one frozen dataclass a section of the YAML file, read and checked once, before anything is loaded."""
+"""The hyperparameters: one frozen section of the YAML file each, read and checked once, before anything is loaded.
 
-import contextlib
-import dataclasses
+config.yaml says what each key does. What a section `data` may hold is the task's to say, by a class `Data` in its file.
+"""
+
 import difflib
-import math
-import types
-import typing
-from dataclasses import dataclass, field
+import functools
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from harness.tasks import load_task
+from published_format import read_text
+
+MAX_BYTES, MAX_DEPTH = 10**5, 20  # of a file, and of the nesting in it
+MAX_FAULTS = 20  # nobody mends more at once
 
 
-def bounded(at_least=None, at_most=None, *, above=None, below=None, one_of=None):
-    """A config field with the values it may take."""
-    return field(metadata={"at_least": at_least, "at_most": at_most, "above": above, "below": below, "one_of": one_of})
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    path: str  # a model directory as published: config.json, *.safetensors, tokenizer files
-    device: str = bounded(one_of=("cuda", "cpu"))
-    dtype: str = bounded(one_of=("bfloat16", "float32"))  # of weights, activations and cache
-    memory_gib: float = bounded(above=0.0)  # of the card (or RAM): what weights and optimizer leave goes to cache and activations
+class Data(Section):
+    """For a task that declares no keys of its own."""
+
+    path: str
+    test_size: int = Field(ge=1, le=10**6)
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
-    test_size: int = bounded(at_least=1)  # so many questions at the end are held out for evaluation
-    num_numbers: list[int] = bounded(at_least=2, at_most=6)  # synthetic: how many numbers a question has, drawn from this list
-    max_number: int = bounded(at_least=2)  # synthetic: numbers are 1..max_number
-    min_target: int = bounded(at_least=0)  # synthetic: targets are min_target..max_target
-    max_target: int = bounded(at_least=1)
-    synthetic_seed: int = bounded(at_least=0)  # synthetic: another seed, other questions, held-out ones included
+class ModelConfig(Section):
+    path: str
+    device: Literal["cuda", "cpu"]
+    dtype: Literal["bfloat16", "float32"]
+    memory_gib: float | None = Field(None, gt=0.0)
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    seed: int = bounded(at_least=0)  # of the order of questions, of sampling and of evaluation
-    max_steps: int = bounded(at_least=1)  # rollout + update pairs
-    batch_size: int = bounded(at_least=2)  # answers a step
-    num_questions_per_batch: int = bounded(at_least=1)  # groups a step; batch_size / this is the size of a group
-    max_gen_len: int = bounded(at_least=1)  # response tokens, for every answer alike
-    temperature: float = bounded(above=0.0)  # of sampling and of scoring; 1 is the model's own distribution
-    skip_unfinished_episodes: bool = field()  # leave answers that hit max_gen_len out of the loss (DAPO's overlong filtering)
-    learning_rate: float = bounded(above=0.0, below=1.0)  # constant; too high shows first as collapsing answer lengths
-    max_grad_norm: float = bounded(above=0.0)  # gradients are scaled down to this norm
-    micro_batch_tokens: int = bounded(at_least=1)  # tokens through the model at once in the update; changes memory and speed only
-    eval_interval: int = bounded(at_least=1)  # steps between evaluations on the held-out questions
-    ckpt_save_interval: int = bounded(at_least=1)  # steps between checkpoints; there is one more at the end
-    keep_checkpoints: int = bounded(at_least=1)  # the newest so many stay on the disk
-    max_skipped_steps: int = bounded(at_least=1)  # so many steps in a row with a non-finite number end the run
-    reward_timeout: float = bounded(above=0.0, at_most=3600.0)  # seconds an answer's reward may take
-    reward_errors: str = bounded(one_of=("stop", "zero"))  # a reward that raises or hangs: end the run, or score the answer 0
+class TrainingConfig(Section):
+    seed: int = Field(ge=0)
+    max_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=2, le=10**6)
+    num_questions_per_batch: int = Field(ge=1)
+    max_gen_len: int = Field(ge=1)
+    temperature: float = Field(gt=0.0)
+    skip_unfinished_episodes: bool
+    learning_rate: float = Field(gt=0.0, lt=1.0)
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(gt=0.0)
+    micro_batch_tokens: int = Field(ge=1)
+    eval_interval: int = Field(ge=1)
+    ckpt_save_interval: int = Field(ge=1)
+    keep_checkpoints: int = Field(ge=1)
+    max_skipped_steps: int = Field(ge=1)
+    reward_timeout: float = Field(gt=0.0, le=3600.0)
+    reward_errors: Literal["stop", "zero"]
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    betas: list[float] = bounded(at_least=0.0, below=1.0)  # decay of the first and second moment
-    eps: float = bounded(above=0.0)
-    weight_decay: float = bounded(at_least=0.0)  # decoupled
-    offload: bool = field()  # keep the optimizer's state in pinned CPU memory; the numerics are the same
+class OptimizerConfig(Section):
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(min_length=1, examples=[0.9, 0.999])
+    eps: float = Field(ge=1e-30)  # below, it is 0 in float32
+    weight_decay: float = Field(ge=0.0, le=1.0)
+    offload: bool
 
 
-@dataclass(frozen=True)
-class WarmStartConfig:
-    """Shape and supervised start of the small base model that is made when model.path does not exist."""
-
-    hidden_size: int = bounded(at_least=8)
-    num_layers: int = bounded(at_least=1)
-    num_heads: int = bounded(at_least=1)
-    steps: int = bounded(at_least=1)
-    batch_size: int = bounded(at_least=1)
-    seed: int = bounded(at_least=0)
-
-
-@dataclass(frozen=True)
-class Config:
-    task: str  # the module with load_problems, render_prompt and reward_function
-    output_dir: str  # everything a run writes; never overwritten
+class Config(Section):
+    task: str
+    output_dir: str
     model: ModelConfig
-    data: DataConfig
+    data: Any
     training: TrainingConfig
     optimizer: OptimizerConfig
-    warm_start: WarmStartConfig | None = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Config":
+        answers, questions = self.training.batch_size, self.training.num_questions_per_batch
+        if answers % questions:
+            raise ValueError(f"training.batch_size={answers} must be a multiple of training.num_questions_per_batch={questions}; "
+                             f"the nearest is {questions * max(2, round(answers / questions))}")
+        if answers == questions:
+            raise ValueError(f"training.batch_size={answers} makes groups of one answer, which have nothing to compare with; "
+                             f"set it to {8 * questions}, or lower training.num_questions_per_batch")
+        if len(self.optimizer.betas) != 2:
+            raise ValueError(f"optimizer.betas={self.optimizer.betas} must be two numbers, for example [0.9, 0.999]")
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file, on top of the one its `extends:` names, and apply `key.path=value` overrides.
 
-    Raises FileNotFoundError, or ValueError naming the key, what it got, what it wanted and the way out.
+    Raises FileNotFoundError, or ValueError with a line for each fault: the key, what it got, what it wanted, the way out.
     """
     raw = _read_yaml(Path(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ValueError(f"{override!r} is not an override; write key.path=value, for example training.learning_rate=5e-6")
-        try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{override!r}: the value is not YAML ({error})") from None
-        for part in reversed(key.split(".")):
+        value = _parse(text, f"{override[:100]!r}: the value")
+        for part in reversed(key.split(".", MAX_DEPTH)):
             value = {part: value}
         raw = _merge(raw, value)
-    config = _build(Config, raw, "")
-    _check_combinations(config)
-    return config
+    task = raw.get("task")
+    whole = _config_with(getattr(load_task(task), "Data", Data) if isinstance(task, str) else Any)
+    try:
+        return whole.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("\n".join(dict.fromkeys(_describe(fault, whole) for fault in error.errors()[:MAX_FAULTS]))) from None
+
+
+@functools.cache  # configurations of one class can be compared
+def _config_with(data: type) -> type[Config]:
+    return create_model("Config", __base__=Config, data=(data, ...))
+
+
+def as_yaml(config: Config) -> str:
+    """The text from which load_config makes the same configuration."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+# ---------------------------------------------------------------- faults in words
+
+WORDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le"), "greater_than": ("above", "gt"),
+         "less_than": ("below", "lt"), "literal_error": ("", "expected")}  # fmt: skip
+PYTHON_NAMES = {"string_type": "str", "bool_type": "bool", "int_type": "int", "float_type": "float"}
+
+
+def _describe(fault: dict, config: type[Config]) -> str:
+    """One fault that pydantic found, as a line."""
+    names = [part for part in fault["loc"] if isinstance(part, str)]  # the place in a list does not matter
+    key, kind, value = ".".join(names), fault["type"], repr(fault["input"])
+    got = f"{key}={value if len(value) <= 200 else value[:200] + '…'}"
+    if kind == "missing":
+        return f"config key {key} is missing; config.yaml shows every key with its meaning"
+    if kind == "extra_forbidden":
+        section = key.rpartition(".")[0] + "."
+        keys = sorted([*config.model_fields, *_keys(config)], key=lambda name: name.startswith(section))
+        known = {name.rpartition(".")[2]: name for name in keys}  # of two of one name, the one in this section
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        remedy = f"did you mean {known[near[0]]}?" if near else "config.yaml shows every key"
+        return f"unknown config key {key[:200]}; {remedy}"
+    if kind == "value_error":
+        return str(fault["ctx"]["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{got} must be a section of key: value lines"
+    if kind in ("list_type", "too_short"):
+        section, _, name = key.partition(".")
+        field = _sections(config)[section].model_fields.get(name)
+        return f"{got} must be a list" + (f", for example {field.examples}" if field and field.examples else ", not empty")
+    if kind in WORDS:
+        word, bound = WORDS[kind]
+        return f"{got} must be {word} {fault['ctx'][bound]}".replace("be  ", "be ")
+    if kind in PYTHON_NAMES:
+        whole = kind == "int_type" and isinstance(fault["input"], float) and fault["input"].is_integer()
+        remedy = f"; write {int(fault['input'])}" if whole else ""
+        return f"{got} is a {type(fault['input']).__name__}; wanted a {PYTHON_NAMES[kind]}{remedy}"
+    return f"{got} must be {fault['msg'].removeprefix('Input should be ')}"
+
+
+def _sections(config: type[Config]) -> dict[str, type[BaseModel]]:
+    return {name: field.annotation for name, field in config.model_fields.items() if isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)}  # fmt: skip
+
+
+def _keys(config: type[Config]) -> list[str]:
+    return [f"{name}.{key}" for name, section in _sections(config).items() for key in section.model_fields]
+
+
+# ---------------------------------------------------------------- YAML, the plain part of it
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML would keep the last of two equal keys and say nothing."""
+    """Mappings, lists, words and numbers as they look. Numbers are decimal, and 010, 1:30 and 2026-01-01 are words."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if event.anchor or getattr(event, "tag", None):  # an alias has an anchor, too
+            raise yaml.composer.ComposerError(None, None, "anchors, aliases and tags are not read", event.start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        keys = set()
+        for key in (self.construct_object(key) for key, _ in node.value):
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.100} is not a word", node.start_mark)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.100} is given twice", node.start_mark)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
+for _kind, _form in (
+    ("null", r"~|null|"), ("bool", r"true|false|yes|no|on|off"), ("int", r"[-+]?(0|[1-9][0-9]*)"),
+    ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_form})$", re.IGNORECASE), None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for something else than a word."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        problem = f"{error.context or ''} {error.problem}".strip()
+        raise ValueError(f"{name} is not YAML: {problem:.300} (line {error.problem_mark.line + 1})") from None
+    except (yaml.YAMLError, ValueError) as error:  # a control character, a number of 5,000 digits
+        raise ValueError(f"{name} is not YAML: {str(error).splitlines()[0]:.300}") from None
+
+
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
+    text = read_text(path, remedy="the repository has config.yaml and config_tiny.yaml", limit=MAX_BYTES)
     if path.resolve() in extended_by:
         raise ValueError(f"{path} extends itself, by way of {', '.join(p.name for p in extended_by)}; remove one `extends:`")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; the repository has config.yaml and config_tiny.yaml") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not key: value lines")
     if "extends" in raw:
-        raw = _merge(_read_yaml(path.parent / str(raw.pop("extends")), (*extended_by, path.resolve())), raw)
+        base = raw.pop("extends")
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: extends={base!r:.200} must be the name of a YAML file")
+        raw = _merge(_read_yaml(path.parent / base, (*extended_by, path.resolve())), raw)
     return raw
 
 
@@ -142,64 +241,3 @@ def _merge(base: dict, changes: dict) -> dict:
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if nested else value
     return merged
-
-
-def _build(cls, raw: Any, prefix: str):
-    if not isinstance(raw, dict):
-        raise ValueError(f"{prefix.rstrip('.')}={raw!r} must be a section of key: value lines")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in raw.keys() - fields.keys():
-        near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-        raise ValueError(f"unknown config key {prefix}{key}; did you mean {prefix}{near[0]}?")
-    values = {}
-    for name, f in fields.items():
-        if name in raw:
-            values[name] = _check(raw[name], typing.get_type_hints(cls)[name], f.metadata, prefix + name)
-        elif f.default is dataclasses.MISSING:
-            raise ValueError(f"config key {prefix}{name} is missing; config.yaml shows every key with its meaning")
-    return cls(**values)
-
-
-def _check(value: Any, kind: Any, bounds: dict, name: str):
-    if isinstance(kind, types.UnionType):  # an optional section
-        return None if value is None else _check(value, typing.get_args(kind)[0], bounds, name)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, name + ".")
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{name}={value!r} must be a list, for example [{bounds['at_least']}]")
-        return [_check(item, typing.get_args(kind)[0], bounds, name) for item in value]
-    if kind is float and type(value) in (str, int):  # YAML reads 1e-6, without a point, as text
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; wanted a {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
-    tests = {
-        "at_least": lambda b: value >= b, "at_most": lambda b: value <= b,
-        "above": lambda b: value > b, "below": lambda b: value < b, "one_of": lambda b: value in b,
-    }  # fmt: skip
-    for word, bound in bounds.items():
-        if bound is not None and not tests[word](bound):
-            wanted = " or ".join(map(str, bound)) if word == "one_of" else f"{word.replace('_', ' ')} {bound}"
-            raise ValueError(f"{name}={value!r} must be {wanted}")
-    return value
-
-
-def _check_combinations(config: Config) -> None:
-    training, data = config.training, config.data
-    answers, questions = training.batch_size, training.num_questions_per_batch
-    if answers % questions:
-        raise ValueError(f"training.batch_size={answers} must be a multiple of training.num_questions_per_batch={questions}; "
-                         f"the nearest is {questions * max(2, round(answers / questions))}")
-    if answers == questions:
-        raise ValueError(f"training.batch_size={answers} makes groups of one answer, which have nothing to compare with; "
-                         f"set it to {8 * questions}, or lower training.num_questions_per_batch")
-    if data.min_target > data.max_target:
-        raise ValueError(f"data.min_target={data.min_target} is above data.max_target={data.max_target}; swap them")
-    if len(config.optimizer.betas) != 2:
-        raise ValueError(f"optimizer.betas={config.optimizer.betas} must be two numbers, for example [0.9, 0.999]")
-    if config.warm_start and config.warm_start.hidden_size % (2 * config.warm_start.num_heads):
-        raise ValueError(f"warm_start.hidden_size={config.warm_start.hidden_size} must be a multiple of twice "
-                         f"warm_start.num_heads={config.warm_start.num_heads}")

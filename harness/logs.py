@@ -5,11 +5,13 @@ interrupted; timings.jsonl holds what it cost. Resuming cuts the files where the
 anew from them, so that nothing is missing or doubled.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import textwrap
+import time
 from pathlib import Path
 
 FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
@@ -18,28 +20,37 @@ PAGE_COLUMNS = 110  # TensorBoard does not wrap what is set in a fixed width
 
 class RunLog:
     def __init__(self, directory: Path, sizes: dict[str, int]):
-        """sizes: how many bytes of each file to keep; what is not named is begun anew."""
-        self._files = {}
-        for name in FILES:
-            file = open(directory / name, "a+", encoding="utf-8")  # noqa: SIM115  closed by close()
-            file.truncate(sizes.get(name, 0))
-            self._files[name] = file
+        """sizes: how many bytes of each file to keep, in whole lines; what is not named is begun anew.
+
+        Raises ValueError if what is kept is damaged.
+        """
+        self._files, self._board = {}, None
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # the dependency group "log" is not installed
-            self._board = None
-        else:
-            self._board = SummaryWriter(directory / "tensorboard")
+        with contextlib.ExitStack() as closing:
             for name in FILES:
-                self._files[name].seek(0)
-                for line in self._files[name]:
-                    self._show(name, json.loads(line))
+                file = self._files[name] = closing.enter_context(open(directory / name, "a+b"))
+                file.seek(0)
+                file.truncate(file.read(sizes.get(name, 0)).rfind(b"\n") + 1)
+            with contextlib.suppress(ImportError):  # the dependency group "log" is not installed
+                self._board = _Board(directory / "tensorboard")
+                closing.callback(self._board.close)
+            for name in FILES:
+                for record in self.read(name):
+                    self._show(name, record)
+            self._closing = closing.pop_all()
+
+    def read(self, name: str) -> list[dict]:
+        file = self._files[name]
+        file.seek(0)
+        try:
+            return [json.loads(line) for line in file]
+        except ValueError as error:
+            raise ValueError(f"{file.name} is damaged ({error}); remove the line") from None
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
         record = _finite(record)
-        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].write(json.dumps(record).encode() + b"\n")
         self._files[name].flush()
         self._show(name, record)
 
@@ -51,10 +62,8 @@ class RunLog:
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # of a write that failed before, and was reported then
+            self._closing.close()
 
     def _show(self, name: str, record: dict) -> None:
         if self._board is None:
@@ -63,12 +72,38 @@ class RunLog:
             text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
             lines = [part for line in text.split("\n") for part in textwrap.wrap(printable(line), PAGE_COLUMNS) or [""]]
             shown = "\n".join("    " + line for line in lines)  # indented: markdown leaves it alone
-            self._board.add_text(f"samples/{record['kind']}", shown, record["step"])
+            self._board.write_text(f"samples/{record['kind']}", shown, record["step"])
             return
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
                 group = key if "/" in key else f"{name.removesuffix('.jsonl')}/{key}"
-                self._board.add_scalar(group, value, record["step"])
+                self._board.write_scalar(group, value, record["step"])
+
+
+class _Board:
+    """TensorBoard's file. Its own writer has a thread, which ends in a traceback when the disk is full or the directory gone."""
+
+    def __init__(self, directory: Path):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        directory.mkdir(exist_ok=True)
+        self._event, self._summary = Event, summary
+        file = open(directory / f"events.out.tfevents.{time.time():.0f}", "wb")  # noqa: SIM115  closed by close()
+        self._records = RecordWriter(file)
+        self.close = file.close
+        self._write(file_version="brain.Event:2")
+
+    def write_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=self._summary.scalar(name, value))
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self._write(step=step, summary=self._summary.text(name, text))
+
+    def _write(self, **content) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
 
 
 def _finite(value):

@@ -124,27 +124,26 @@ def success_counts(episodes: list[Episode]) -> list[int]:
     return counts
 
 
-def model_summary(episodes: list[Episode], problems: list[dict]) -> dict:
+def model_summary(episodes: list[Episode], kinds: list[str]) -> dict:
     """What evaluate.py reports of a model that gave equally many answers (samples) to each problem.
 
-    by_numbers: the success of the problems with so many entries under the key "numbers"; empty where there are none.
+    kinds: of each problem, as its task calls them; by_kind holds the success of each.
     """
-    samples, counts = len(episodes) // len(problems), success_counts(episodes)
+    samples, counts = len(episodes) // len(kinds), success_counts(episodes)
 
     def success(counts: list[int]) -> dict:
         low, high = success_interval(counts, samples)
         rate = sum(counts) / (samples * len(counts))
         return {"questions": len(counts), "success": rate, "success_low": low, "success_high": high}
 
-    by_numbers: dict[int, list[int]] = {}
-    for count, problem in zip(counts, problems, strict=True):
-        if isinstance(problem.get("numbers"), list):
-            by_numbers.setdefault(len(problem["numbers"]), []).append(count)
+    by_kind: dict[str, list[int]] = {}
+    for count, kind in zip(counts, kinds, strict=True):
+        by_kind.setdefault(kind, []).append(count)
     ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
     return {
         **success(counts),
         "samples": samples,
-        "by_numbers": {size: success(by_numbers[size]) for size in sorted(by_numbers)},
+        "by_kind": {kind: success(by_kind[kind]) for kind in sorted(by_kind)},
         "pass_at": {k: fmean(pass_at_k(samples, count, k) for count in counts) for k in ks},
         "reward": fmean(e.reward.total for e in episodes),
         "mean_length": fmean(len(e.response_token_ids) for e in episodes),

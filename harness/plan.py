@@ -4,23 +4,24 @@ Weights, gradients and optimizer state are given by the model. The KV cache of t
 update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
 """
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from grpo import LOGIT_BLOCK_BYTES, LOGIT_CHUNK_BYTES
+from generate import free_bytes
+from grpo import LOGIT_CHUNK_BYTES
 from harness.config import Config
+from harness.cpu import packs_for_decoding
 from optimizer import IN_TRANSIT, PIECE, AdamW
-from qwen2_model import KVCache, Qwen2Config, packs_for_decoding
+from qwen2_model import KVCache, Qwen2Config
 
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
+RESERVE_BYTES = GIB  # left alone where model.memory_gib does not say what may be used
 STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
-CHUNK_BUFFERS, BLOCK_BUFFERS = 1.5, 2  # of the loss: logits of a chunk and their gradient; logits of a block and what follows
+CHUNK_BUFFERS = 2.5  # of the loss: a chunk's logits, their log-probabilities and, in the weights' dtype, their gradient
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
@@ -56,7 +57,7 @@ class Plan:
 def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     """Raises ValueError naming the settings that would make the run fit, if it does not."""
     training, dtype = config.training, getattr(torch, config.model.dtype)
-    budget = config.model.memory_gib * GIB
+    budget = config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(config.model.device)
     weights = num_weights(shape) * dtype.itemsize
     state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype)
     offloaded = config.optimizer.offload and config.model.device == "cuda"
@@ -78,14 +79,12 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     more_prompts = prompt_bytes * max(0, config.data.test_size - training.num_questions_per_batch)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
-    chunk, block = LOGIT_CHUNK_BYTES[config.model.device], LOGIT_BLOCK_BYTES[config.model.device]
     update = fixed | {"gradients": weights,
-                      "loss chunk": CHUNK_BUFFERS * chunk + BLOCK_BUFFERS * block,
+                      "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[config.model.device],
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
-    if config.model.device == "cpu":
-        heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
-        update["attention mask"] = tokens * heads_per_key * (PROMPT_TOKENS + training.max_gen_len) * dtype.itemsize
+    heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
+    update["attention mask"] = tokens * heads_per_key * (PROMPT_TOKENS + training.max_gen_len) * dtype.itemsize
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
         activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers)
         if sum(update.values()) + activations <= budget:
@@ -94,41 +93,29 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     plan = Plan(rollout, update, budget, state if offloaded else 0, cache_bytes, evaluation_cache_bytes, checkpoint_layers,
                 cache_rows)
     if cache_rows < 1 or sum(update.values()) > budget:
-        raise ValueError(f"the run does not fit into model.memory_gib={config.model.memory_gib}:\n{plan.table()}\n"
+        setting = f"model.memory_gib={config.model.memory_gib or 'null'}"
+        raise ValueError(f"the run does not fit into {budget / GIB:.2f} GiB ({setting}):\n{plan.table()}\n"
                          + _remedy(config, shape, plan))
     return plan
+
+
+def _free_budget(device: str) -> float:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.memory_gib=null stands for what is free on the card, but no CUDA device is here; "
+                         "say what the card has, for example model.memory_gib=43.5")
+    return free_bytes(torch.device(device)) - RESERVE_BYTES
 
 
 def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int) -> float:
     """What the backward pass needs of the forward pass, bytes a token of a micro-batch."""
     b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
-    norms = 2 * (4 * E + b * E)  # each keeps its float32 input and its normalised output
+    norms = 2 * (4 * E + 4 * E)  # each keeps input and normalised value in float32; a fused kernel keeps less
     attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)  # input, queries, result twice; keys, values
     mlp = b * (E + 4 * I)  # input, gate, silu(gate), up, their product
     layer = norms + attention + mlp
     kept = (shape.num_hidden_layers - checkpoint_layers) * layer + checkpoint_layers * b * E
     again = 1.5 * layer if checkpoint_layers else 0.5 * layer  # the layer being run again, and gradients in flight
     return kept + again + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
-
-
-def prepare_process(device: str) -> None:
-    """What a process must be told before it computes. Raises ValueError if there is no such device.
-
-    On the CPU: sum in one order whatever the threads do, so that two runs of one seed are the same run; and keep large blocks
-    that are freed for the next ones instead of handing them back to the kernel: every step frees and asks for the same
-    hundreds of megabytes, and getting each page anew took as long as the arithmetic (bench/LOG.md).
-    """
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu, or --config config_tiny.yaml")
-        return
-    # This is use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB.
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            libc.mallopt(option, value)
 
 
 def num_weights(shape: Qwen2Config) -> int:

@@ -1,9 +1,9 @@
 """A task whose reward differs between the answers of an untrained model, so that every step of a test learns something."""
 
-from countdown_task import load_problems, render_prompt
+from countdown_task import Data, load_problems, render_prompt
 from data_types import Reward
 
-__all__ = ["load_problems", "render_prompt", "reward_function"]
+__all__ = ["Data", "load_problems", "render_prompt", "reward_function"]
 
 
 def reward_function(response: str, numbers: list[int], target: int) -> Reward:

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from countdown_task import load_problems, reward_function
+from countdown_task import Data, load_problems, reward_function
 from data_types import Reward
-from harness.config import DataConfig
 
 PUBLISHED = Path(__file__).parent.parent / "../shared/countdown/countdown_cd3_test.jsonl"
 LIMIT_SECONDS = 0.010  # of one call of the reward, whatever the text
@@ -170,9 +169,9 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
 }
 
 
-# Catches: Fraction(token) turned into float(token) ("exact where floats are not"); `value - product` with its sides
-# swapped; product() looking for "+"; "used != numbers" turned into a comparison of sets; the clause on leading zeros left
-# out; [0-9] turned into \d without re.ASCII; `== target` compared after int(); `sign` not flipped.
+# Catches: Fraction(value) turned into float(value) ("exact where floats are not"); `values[left], values[right]` swapped;
+# "used != numbers" turned into a comparison of sets; EXPRESSION without its clause on leading zeros; `== target` compared
+# after int(); `-values[operand]` without its sign; `if type(op) in OPERATORS` dropped.
 @pytest.mark.parametrize(("expression", "numbers", "target", "wanted"), ANSWER.values(), ids=ANSWER)
 def test_answer_reward(expression, numbers, target, wanted):
     assert answer_reward(expression, numbers, target) == wanted
@@ -308,7 +307,7 @@ def python_value(text: str) -> Fraction | None:
         return None
 
 
-# Catches: `take() != ")"` left out of atom(); `peek() is not None` left out of parse(); "2(3)" or "1 2" accepted.
+# Catches: `case ast.expr()` left out of _value, which would then raise on "2(3)"; `" ".join(expression.split())` -> `"".join(...)`.
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's parser on "2(3)"
 @REPEATABLE
 @given(st.lists(st.sampled_from([*"+-*/()", " ", *"0123", "12", "+", "*"]), max_size=9).map("".join))
@@ -380,7 +379,7 @@ HOSTILE = {
 }
 
 
-# Catches: MAX_EXPRESSION_CHARS or MAX_DEPTH left out; the numbers compared after the arithmetic instead of before it.
+# Catches: MAX_EXPRESSION_CHARS left out; the numbers compared after the arithmetic instead of before it.
 @pytest.mark.parametrize("response", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_scored_in_time(response):
     call_within_limit(response)
@@ -391,10 +390,19 @@ def test_hostile_answers_earn_nothing_and_honest_ones_in_hostile_company_all():
     assert earned == {"megabyte of thinking", "megabyte after the answer", "as many signs as fit", "lone surrogates outside"}
 
 
+def test_nothing_is_raised_however_deep_the_caller_stands():
+    # Catches: RecursionError left out of _is_solution's except (Python 3.11 counts its own frames against its parser's).
+    def call(depth: int) -> Reward:
+        return call(depth - 1) if depth else reward_function(HOSTILE["as many signs as fit"], [3, 5, 7], 22)
+
+    for depth in (0, 400, 700, 850):
+        assert call(depth).parts["format"] == 1
+
+
 def test_depth_and_length_have_room_for_any_honest_answer():
     assert answer_reward("(" * 30 + "3*5+7" + ")" * 30, [3, 5, 7], 22) == 1
     assert answer_reward("3 * 5 + 7" + " " * 900, [3, 5, 7], 22) == 1
-    # Catches: `self.depth -= 1` left out of atom(): parentheses side by side are not deep.
+    # Catches: _value by recursion with a limit: parentheses side by side are not deep.
     assert answer_reward("+".join(["(1)"] * 200), [1] * 200, 200) == 1
 
 
@@ -415,9 +423,9 @@ def test_100_000_hostile_texts():
 # ---------------------------------------------------------------- problems
 
 
-def data_config(path, **changes) -> DataConfig:
-    return DataConfig(**{"path": str(path), "test_size": 8, "num_numbers": [3, 4], "max_number": 20, "min_target": 10,
-                         "max_target": 60, "synthetic_seed": 5} | changes)  # fmt: skip
+def data_config(path, **changes) -> Data:
+    return Data(**{"path": str(path), "test_size": 8, "num_numbers": [3, 4], "max_number": 20, "min_target": 10,
+                   "max_target": 60, "synthetic_seed": 5} | changes)  # fmt: skip
 
 
 def solve(numbers: list[int], target: int) -> str | None:
@@ -576,8 +584,8 @@ BAD_JSONL = {  # text, test_size -> what the message holds
     "a truth value": (GOOD + '{"nums": [1, true], "target": 3}\n', 1, ["line 2", "True", "integers"]),
     "no numbers": (GOOD + '{"nums": [], "target": 3}\n', 1, ["line 2", "[]"]),
     "null": (GOOD + '{"nums": null, "target": 3}\n', 1, ["line 2", "None"]),
-    "empty": ("", 1, ["no problems"]),
-    "blank": ("\n \n", 1, ["no problems"]),
+    "empty": ("", 1, ["no rows"]),
+    "blank": ("\n \n", 1, ["no rows"]),
     "all of it held out": (GOOD * 3, 3, ["3 problems", "data.test_size=3", "lower"]),
     "more held out than there is": (GOOD * 3, 8, ["3 problems", "data.test_size=8", "lower"]),
 }

@@ -3,13 +3,14 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CONFIG, random_model, random_tokens
+from helpers import CONFIG, Seen, random_model, random_tokens
 
 import generate as module
-from generate import generate, log_probs, sample
+from generate import Sampling, count_slots, draw, generate, generate_one, log_probs
 from qwen2_model import KVCache
 
 TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
@@ -19,10 +20,16 @@ NUM_ANSWERS, MAX_GEN_LEN = 3, 23
 ROW_BYTES = KVCache.bytes_per_token(CONFIG, torch.float32) * (59 + MAX_GEN_LEN)
 
 
-def run(model=None, prompts=PROMPTS, *, seed=0, **changes):
-    arguments = {"num_answers": NUM_ANSWERS, "max_gen_len": MAX_GEN_LEN, "temperature": TEMPERATURE, "vocab_size": VOCAB,
-                 "stop_ids": STOP_IDS}  # fmt: skip
-    return generate(model or random_model(), prompts, generator=torch.Generator().manual_seed(seed), **arguments | changes)
+SAMPLING = Sampling(MAX_GEN_LEN, TEMPERATURE, VOCAB, STOP_IDS)
+
+
+def run(model=None, prompts=PROMPTS, *, seed=0, num_answers=NUM_ANSWERS, cache_bytes=None, watch=None, **changes):
+    return generate(model or random_model(), prompts, replace(SAMPLING, **changes), num_answers=num_answers,
+                    generator=torch.Generator().manual_seed(seed), cache_bytes=cache_bytes, watch=watch or Seen())
+
+
+def slots_of(cache_bytes) -> int:
+    return count_slots(random_model(), PROMPTS, SAMPLING, answers=15, cache_bytes=cache_bytes)
 
 
 def assert_same_samples(got, wanted):
@@ -65,7 +72,7 @@ def test_draws_have_the_distribution():
     draws = 100_000
     log_probs_RV = log_probs(logits_V.repeat(draws, 1), 1.3, 9)
     uniform_R = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    ids_R, logprobs_R, entropy_R = sample(log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1])
+    ids_R, logprobs_R, entropy_R = draw(log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1])
     probs_V = torch.softmax(logits_V[:9].double() / 1.3, dim=0)
     statistic, threshold = chi_square(torch.bincount(ids_R, minlength=11).tolist(), [*probs_V.tolist(), 0, 0])
     assert statistic < threshold
@@ -80,7 +87,7 @@ def test_the_ends_of_the_uniform_draw_possible_ids(uniform):
     generator = torch.Generator().manual_seed(0)
     logits_RV = 3 * torch.randn(500, 997, generator=generator)
     logits_RV[:, :3] = -1e30
-    ids_R, logprobs_R, _ = sample(log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform), 977)
+    ids_R, logprobs_R, _ = draw(log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform), 977)
     assert (ids_R >= 3).all()
     assert (ids_R < 977).all()
     assert (logprobs_R > -100).all()
@@ -92,7 +99,7 @@ def test_the_ends_of_the_uniform_draw_possible_ids(uniform):
 def test_first_tokens_have_the_models_distribution():
     # Catches: one uniform shared by all answers of a prompt; temperature dropped in _step.
     model, prompt, draws = random_model(vocab_size=17), [3, 1, 4, 1, 5], 4000
-    samples, _ = run(model, [prompt], num_answers=draws, max_gen_len=1, vocab_size=13, stop_ids=frozenset([2]))
+    samples = run(model, [prompt], num_answers=draws, max_gen_len=1, vocab_size=13, stop_ids=frozenset([2]))
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([prompt]))[0, -1, :13].double() / TEMPERATURE, dim=0).tolist()
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=17).tolist()
@@ -106,16 +113,16 @@ def test_ids_beyond_the_vocabulary_are_never_drawn():
     model = random_model()
     with torch.no_grad():
         model.lm_head.weight[VOCAB:] *= 1000
-    samples, _ = run(model, seed=1)
+    samples = run(model, seed=1)
     assert max(max(s.token_ids) for s in samples) < VOCAB
     assert all(math.isfinite(x) and x > -50 for s in samples for x in s.logprobs)
 
 
 def test_log_probabilities_and_entropy_equal_those_of_a_full_forward():
     # Catches: `p[:-1]` -> `p[-longest:]` in prefill, so that a prompt's last token stands in the cache twice;
-    # log-probabilities of the untempered logits; the entropy summed instead of averaged; `columns_R + 2 * active_R`.
+    # log-probabilities of the untempered logits; the entropy summed instead of averaged; `lengths_R + 2 * active_R`.
     model = random_model()
-    samples, _ = run(model)
+    samples = run(model)
     for i, s in enumerate(samples):
         prompt = PROMPTS[i // NUM_ANSWERS]
         with torch.no_grad():
@@ -127,9 +134,9 @@ def test_log_probabilities_and_entropy_equal_those_of_a_full_forward():
 
 
 def test_every_stop_id_stops_and_nothing_outlives_the_budget():
-    # Catches: `columns_R + 1 < max_gen_len` -> `columns_R < max_gen_len`; only the smallest stop id looked at;
+    # Catches: `lengths_R + 1 >= max_gen_len` -> `lengths_R >= max_gen_len`; only the smallest stop id looked at;
     # is_finished for every row that ended.
-    samples, stats = run(num_answers=40)
+    samples = run(num_answers=40)
     for s in samples:
         assert not STOP_IDS & set(s.token_ids[:-1])
         assert s.is_finished == (s.token_ids[-1] in STOP_IDS)
@@ -138,11 +145,10 @@ def test_every_stop_id_stops_and_nothing_outlives_the_budget():
     assert {s.token_ids[-1] for s in samples if s.is_finished} == STOP_IDS
     assert any(s.is_finished and len(s.token_ids) == MAX_GEN_LEN for s in samples)
     assert any(not s.is_finished for s in samples)
-    assert stats.tokens == sum(len(s.token_ids) for s in samples)
 
 
 def test_nothing_but_the_budget_ends_an_answer_without_stop_ids():
-    samples, _ = run(stop_ids=frozenset(), max_gen_len=5)
+    samples = run(stop_ids=frozenset(), max_gen_len=5)
     assert all(len(s.token_ids) == 5 and not s.is_finished for s in samples)
 
 
@@ -151,65 +157,79 @@ def test_nothing_but_the_budget_ends_an_answer_without_stop_ids():
 
 @pytest.mark.parametrize("slots", [1, 3, 7, 15])
 def test_the_cache_budget_changes_nothing(slots):
-    # Catches: uniforms that belong to the slot; a row that takes over a slot and keeps its predecessor's length; `_move`
-    # forgetting tokens_R.
-    wanted, all_stats = run()
-    got, stats = run(cache_bytes=slots * ROW_BYTES + ROW_BYTES // 2)
-    assert (stats.slots, all_stats.slots) == (slots, 15)
+    # Catches: uniforms that belong to the slot; a row that takes over a slot and keeps its predecessor's length; answers_R not
+    # moved with its cache.
+    every, few = Seen(), Seen()
+    wanted = run(watch=every)
+    budget = slots * ROW_BYTES + ROW_BYTES // 2
+    got = run(cache_bytes=budget, watch=few)
+    assert (slots_of(budget), slots_of(None)) == (slots, 15)
     assert_same_samples(got, wanted)
-    assert stats.row_steps == stats.tokens == sum(len(s.token_ids) for s in got)  # no step for a row that has ended
-    assert all_stats.row_steps == all_stats.tokens
+    tokens = sum(len(s.token_ids) for s in got)
+    assert few.counts["row_steps"] == every.counts["row_steps"] == tokens  # no step for a row that has ended
+
+
+@pytest.mark.parametrize("slots", [1, 4, 15])
+def test_many_answers_are_drawn_as_one_is(slots):
+    # Catches: a draw from the wrong row of the table of uniforms, or one column late (`ids_AG[answers_R, lengths_R]` -> `0`).
+    model, generator = random_model(), torch.Generator().manual_seed(0)
+    uniforms_AG = torch.rand((len(PROMPTS) * NUM_ANSWERS + 1, MAX_GEN_LEN + 1), generator=generator)
+    samples = run(model, cache_bytes=slots * ROW_BYTES)
+    assert len(samples) == 15
+    for i, sample in enumerate(samples):
+        assert list(generate_one(model, PROMPTS[i // NUM_ANSWERS], SAMPLING, uniforms_AG[i])) == sample.token_ids
 
 
 def test_answers_do_not_depend_on_the_other_prompts():
     # Catches: a mask as wide as the longest row's for all rows.
-    wanted, _ = run()
+    wanted = run()
     for count in (1, 2):  # random numbers come answer by answer, so the first prompts keep theirs
-        got, _ = run(prompts=PROMPTS[:count])
+        got = run(prompts=PROMPTS[:count])
         assert_same_samples(got, wanted[: count * NUM_ANSWERS])
 
 
 def test_prompts_go_through_the_model_in_batches(monkeypatch):
     # Catches: `first + rows` -> `rows` in prefill.
-    wanted, _ = run()
+    wanted = run()
     monkeypatch.setattr(module, "PREFILL_TOKENS", 120)
-    got, _ = run()
+    got = run()
     assert_same_samples(got, wanted)
 
 
 @pytest.mark.parametrize(("interval", "row_multiple"), [(5, 4), (8, 8), (1, 4), (5, 1)])
 @pytest.mark.parametrize("slots", [1, 3, 6, 15])
 def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, row_multiple, slots, monkeypatch):
-    # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`columns_R + active_R` -> `+ 1`) or wakes up
-    # (`active_R &=` -> `=`); a cache too short; holes closed with rows that are holes themselves (`- set(holes)` dropped).
+    # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`lengths_R + active_R` -> `+ 1`) or wakes up
+    # (`~active_R | ` dropped); a cache too short; holes closed with slots that have ended themselves.
     def fixed(value):  # a property goes before what __init__ assigns to the same name
         return property(lambda self: value, lambda self, assigned: None)
 
-    seldom = type("Seldom", (module._Decoder,), {"interval": fixed(interval), "row_multiple": fixed(row_multiple)})
-    wanted, _ = run()
-    monkeypatch.setattr(module, "_Decoder", seldom)
-    got, stats = run(cache_bytes=slots * ROW_BYTES)
+    seldom = type("Seldom", (module.Decoder,), {"interval": fixed(interval), "row_multiple": fixed(row_multiple)})
+    wanted = run()
+    monkeypatch.setattr(module, "Decoder", seldom)
+    seen = Seen()
+    got = run(cache_bytes=slots * ROW_BYTES, watch=seen)
     assert_same_samples(got, wanted)
-    assert stats.slots == slots
-    assert stats.tokens < stats.row_steps or (interval == 1 and slots == 1)
+    row_steps = seen.counts["row_steps"]
+    assert sum(len(s.token_ids) for s in got) < row_steps or (interval == 1 and slots == 1)
     if slots % row_multiple == 0:
-        assert stats.row_steps % (interval * row_multiple) == 0
+        assert row_steps % (interval * row_multiple) == 0
 
 
 @pytest.mark.parametrize("slots", [2, 15])
-def test_progress_counts_ended_answers_and_row_steps(slots):
-    # Catches: num_ended growing twice.
-    seen = []
-    _, stats = run(cache_bytes=slots * ROW_BYTES, progress=lambda ended, steps: seen.append((ended, steps)))
-    assert seen == sorted(seen)
-    assert seen[0][0] == 0
-    assert 15 - slots <= seen[-1][0] < 15
-    assert seen[-1][1] == stats.row_steps
+def test_progress_counts_prompts_and_ended_answers(slots):
+    # Catches: `return len(ended) - alive` -> `return len(ended)`.
+    seen = Seen()
+    run(cache_bytes=slots * ROW_BYTES, watch=seen)
+    assert seen.parts == [("prefill", 5), ("decode", 15)]
+    for name, total in seen.parts:
+        assert sum(amount for part, amount in seen.advances if part == name) == total
+    assert min(amount for _, amount in seen.advances) == 0
 
 
 def test_the_generator_decides():
-    assert_same_samples(run()[0], run()[0])
-    assert [s.token_ids for s in run(seed=1)[0]] != [s.token_ids for s in run()[0]]
+    assert_same_samples(run(), run())
+    assert [s.token_ids for s in run(seed=1)] != [s.token_ids for s in run()]
 
 
 def test_weights_keep_no_graph():
@@ -231,7 +251,7 @@ def test_a_prompt_too_long_for_the_model_says_what_would_fit():
     prompt = random_tokens(500, vocab_size=VOCAB).tolist()
     with pytest.raises(ValueError, match=r"500 tokens and answers of up to 13 exceed the model's 512 .* max_gen_len to 12"):
         run(prompts=[prompt], max_gen_len=13)
-    samples, _ = run(prompts=[prompt], max_gen_len=12)
+    samples = run(prompts=[prompt], max_gen_len=12)
     assert len(samples) == NUM_ANSWERS
 
 
@@ -239,17 +259,16 @@ def test_a_prompt_too_long_for_the_model_says_what_would_fit():
 def test_a_budget_without_room_for_a_row_says_what_one_takes(cache_bytes):
     with pytest.raises(ValueError, match=rf"holds no row: one of 59 \+ 23 tokens takes {ROW_BYTES:,}"):
         run(cache_bytes=cache_bytes)
-    assert run(cache_bytes=ROW_BYTES)[1].slots == 1
+    assert slots_of(ROW_BYTES) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [1, 6, 15])
 def test_cuda_draws_what_the_cpu_draws(slots):
     # Would catch: a CUDA graph replayed for another shape, or replayed without the span growing.
-    wanted, _ = run()
-    got, stats = run(random_model().cuda(), cache_bytes=slots * ROW_BYTES)
+    wanted = run()
+    got = run(random_model().cuda(), cache_bytes=slots * ROW_BYTES)
     assert_same_samples(got, wanted)
-    assert stats.slots == slots
 
 
 def test_the_cache_is_freed_without_the_garbage_collector(monkeypatch):

@@ -8,13 +8,17 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import episode, random_model, random_tokens, reference_model, write_word_tokenizer
+from helpers import Seen, episode, random_model, random_tokens, reference_model, write_word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import grpo
+from countdown_task import render_prompt
 from data_types import Episode, Question, Reward
-from grpo import episode_advantages, group_advantages, rollout, token_loss, update_policy
+from generate import Sampling, generate_one
+from grpo import TargetLogprobs, episode_advantages, group_advantages, rollout, token_loss, update_policy
+from optimizer import AdamW
+from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
@@ -178,7 +182,7 @@ def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
 
 
 def test_clipping_scales_the_gradient_and_reports_the_norm_before():
-    # Catches: clip_grad_norm_ left out; the norm taken after clipping.
+    # Catches: `gradient.mul_` left out; the norm taken after clipping.
     model = random_model()
     recorder = Recorder(model)
     stats = update_policy(model, recorder, batch(True), max_grad_norm=0.125, skip_unfinished=False,
@@ -192,10 +196,12 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before():
 
 def test_progress_counts_each_prompt_once_a_group():
     # Catches: the prompt laid out again for every answer.
-    model, seen = random_model(), []
+    model, seen = random_model(), Seen()
     episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
-    update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, progress=seen.append)
-    assert seen == [2 * (5 + 3 * 3)]
+    update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, watch=seen)
+    assert seen.parts == [("gradient", 28), ("optimizer", 1)]
+    assert seen.advances == [("gradient", 2 * (5 + 3 * 3))]
+    assert seen.counts["tokens_run"] == 28
 
 
 @pytest.mark.parametrize(
@@ -285,12 +291,13 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
     model = random_model()
     recorder = Recorder(model)
 
-    def interrupt(tokens):
-        raise KeyboardInterrupt
+    class Interrupting(Seen):
+        def advance(self, amount=0, **counts):
+            raise KeyboardInterrupt
 
     update = dict(max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
     with pytest.raises(KeyboardInterrupt):
-        update_policy(model, recorder, batch(True), micro_batch_tokens=29, progress=interrupt, **update)
+        update_policy(model, recorder, batch(True), micro_batch_tokens=29, watch=Interrupting(), **update)
     assert recorder.gradient is None
     update_policy(model, recorder, batch(True), **update)
     assert_same_gradient(recorder.gradient, naive_gradient(False, True, False)[2])
@@ -320,66 +327,60 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
     assert errors["model.embed_tokens.weight"] < 1.5 * errors["model.layers.0.mlp.up_proj.weight"]
 
 
-# --- the loss of a chunk
+# --- the loss
 
 
-class TokenLoss(torch.autograd.Function):
-    """Gives gradcheck the gradients that token_loss returns."""
-
-    @staticmethod
-    def forward(ctx, hidden_PE, head_VE, targets_P, coefficients_P):
-        grad_head_VE = torch.full_like(head_VE, 5.0)
-        loss, logprobs_P, grad_hidden_PE = token_loss(
-            hidden_PE, head_VE, targets_P, coefficients_P, grad_head_VE,
-            project=lambda h: h @ head_VE.t(), temperature=0.6, vocab_size=11,
-        )  # fmt: skip
-        ctx.save_for_backward(grad_hidden_PE, grad_head_VE - 5.0)
-        ctx.mark_non_differentiable(logprobs_P)
-        return loss, logprobs_P
-
-    @staticmethod
-    def backward(ctx, grad_output, _):
-        grad_hidden_PE, grad_head_VE = ctx.saved_tensors
-        return grad_hidden_PE * grad_output, grad_head_VE * grad_output, None, None
+def test_the_loss_by_hand():
+    # Catches: the sign; a mean instead of the sum over num_tokens, which would weigh rows by their own length.
+    logprobs_P, advantages_P = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0.5, 0.5, -1.0])
+    assert token_loss(logprobs_P, advantages_P, 10) == pytest.approx(-(-0.5 - 1.0 + 4.0) / 10)
 
 
-@pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (3, 2), (3, 100), (100, 2), (100, 100)])
-def test_token_loss_gradcheck(chunk_rows, block_rows, monkeypatch):
-    # Catches: `.mul_(-scales_R1)` -> `.mul_(scales_R1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
+class Head:
+    """What TargetLogprobs asks of a model: the head, its product and the gradient that stands."""
+
+    def __init__(self, weight_VE, product=lambda hidden, weight: hidden @ weight.t()):
+        self.head_weight_VE, self.product = weight_VE, product
+        self.head_weight_VE.grad = torch.full_like(weight_VE, 5.0)
+
+    def logits(self, hidden_PE):
+        return self.product(hidden_PE, self.head_weight_VE.detach())
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_target_logprobs_and_their_gradient_equal_autograds(chunk_rows, monkeypatch):
+    # Catches: `.mul_(-grad_C…)` -> `.mul_(grad_C…)`; `/ ctx.temperature` dropped; the head's gradient overwritten, not added to.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
-    monkeypatch.setitem(grpo.LOGIT_BLOCK_BYTES, "cpu", block_rows * 4 * 13)
     generator = torch.Generator().manual_seed(0)
-    hidden_PE = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    head_VE = torch.randn(13, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 13))
     targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: TokenLoss.apply(h, w, targets_P, coefficients_P)[0], (hidden_PE, head_VE))
-    total, logprobs_P = TokenLoss.apply(hidden_PE, head_VE, targets_P, coefficients_P)
     wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
+    wanted = torch.autograd.grad((coefficients_P * wanted_P).sum(), (hidden_PE, head_VE))
+    head = Head(head_VE)
+    logprobs_P = TargetLogprobs.apply(hidden_PE, targets_P, head, 0.6, 11)
     torch.testing.assert_close(logprobs_P, wanted_P)
-    torch.testing.assert_close(total, (coefficients_P * wanted_P).sum())
+    (coefficients_P * logprobs_P).sum().backward()
+    torch.testing.assert_close(hidden_PE.grad, wanted[0])
+    torch.testing.assert_close(head_VE.grad - 5.0, wanted[1])
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
-def test_token_loss_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
-    # As on CUDA. Catches: `grad_CV = logits_CV` whatever the dtypes; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
+def test_target_logprobs_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
+    # As on CUDA. Catches: `.to(head_VE.dtype)` left out; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
-    monkeypatch.setitem(grpo.LOGIT_BLOCK_BYTES, "cpu", budget)
     generator = torch.Generator().manual_seed(1)
-    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16() for n in (7, 13))
+    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13))
     targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator)
-    grad_head_VE = torch.zeros_like(head_VE)
-    loss, logprobs_P, grad_hidden_PE = token_loss(
-        hidden_PE, head_VE, targets_P, coefficients_P, grad_head_VE,
-        project=lambda h: h.float() @ head_VE.float().t(), temperature=0.6, vocab_size=11,
-    )  # fmt: skip
-    exact_hidden, exact_head = (t.double().requires_grad_() for t in (hidden_PE, head_VE))
+    head = Head(head_VE, lambda hidden, weight: hidden.float() @ weight.float().t())
+    head_VE.grad.zero_()
+    logprobs_P = TargetLogprobs.apply(hidden_PE, targets_P, head, 0.6, 11)
+    (coefficients_P * logprobs_P).sum().backward()
+    exact_hidden, exact_head = (t.detach().double().requires_grad_() for t in (hidden_PE, head_VE))
     wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
-    wanted = (coefficients_P * wanted_P).sum()
-    wanted.backward()
+    (coefficients_P * wanted_P).sum().backward()
     assert logprobs_P.dtype == torch.float32
-    torch.testing.assert_close(logprobs_P.double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
-    for got, exact in ((grad_hidden_PE, exact_hidden.grad), (grad_head_VE, exact_head.grad)):
+    torch.testing.assert_close(logprobs_P.detach().double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
+    for got, exact in ((hidden_PE.grad, exact_hidden.grad), (head_VE.grad, exact_head.grad)):
         assert float((got.double() - exact).norm() / exact.norm()) < 0.01
 
 
@@ -425,17 +426,17 @@ def test_rollout_scores_every_answer_in_order(tokenizer):
     assert {e.is_finished for e in episodes} == {True, False}
 
 
-def test_rollout_reports_what_it_cost(tokenizer):
-    # Catches: `stats.row_steps - stats.tokens` -> `stats.row_steps`.
-    seen = []
+def test_rollout_reports_what_it_does(tokenizer):
+    # Catches: the reward outside its part.
+    seen = Seen()
     questions = [Question("", [1, 2, 3], {})]
     episodes = rollout(
         random_model(), tokenizer, questions, num_answers=5, max_gen_len=7, temperature=1.0,
-        reward_function=lambda text: Reward(0.0, {}), generator=torch.Generator().manual_seed(0), on_stats=seen.append,
+        reward_function=lambda text: Reward(0.0, {}), generator=torch.Generator().manual_seed(0), watch=seen,
     )  # fmt: skip
-    assert seen[0].row_steps == sum(len(e.response_token_ids) for e in episodes)
-    assert seen[0].wasted_row_steps == 0
-    assert min(seen[0].prefill_seconds, seen[0].decode_seconds, seen[0].reward_seconds) >= 0
+    assert seen.parts == [("prefill", 1), ("decode", 5), ("reward", 5)]
+    assert seen.counts["row_steps"] == sum(len(e.response_token_ids) for e in episodes)
+    assert [amount for part, amount in seen.advances if part == "reward"] == [1] * 5
 
 
 def test_sampler_and_trainer_agree_on_every_log_probability(tokenizer):
@@ -466,3 +467,41 @@ def test_logprob_difference_is_the_mean_and_the_largest():
     stats = update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False)
     assert stats.logprob_diff_mean == pytest.approx(3.75 / 5, abs=1e-5)
     assert stats.logprob_diff_max == pytest.approx(2.0, abs=1e-5)
+
+
+# --- from the update to the published format
+
+
+def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_model, tmp_path):
+    # Catches: a weight saved as it was before the steps; another rope_theta written; a stop id left out.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = Tokenizer.from_pretrained(base_model)
+    model = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
+    optimizer, generator = AdamW(model.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+    prompts = [render_prompt({"numbers": [n, 5, 7], "target": 10 + n}, tokenizer) for n in range(1, 6)]
+    questions = [Question(prompt, tokenizer.encode(prompt), {}) for prompt in prompts]
+    for _ in range(2):
+        episodes = rollout(model, tokenizer, questions, num_answers=4, max_gen_len=13, temperature=1.0, generator=generator,
+                           reward_function=lambda text: Reward(float(len(text)), {}))  # fmt: skip
+        stats = update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, vocab_size=tokenizer.vocab_size)
+        assert stats.weights_changed > 0.9
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert set(theirs.generation_config.eos_token_id) == tokenizer.stop_ids
+    rows_without_a_token = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    greedy = Sampling(29, 1e-5, tokenizer.vocab_size, tokenizer.stop_ids)
+    untrained = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
+    for prompt, question in zip(prompts, questions, strict=True):
+        given = their_tokenizer(prompt, return_tensors="pt")
+        wanted_1S = theirs.generate(**given, do_sample=False, max_new_tokens=29, suppress_tokens=rows_without_a_token)
+        wanted = wanted_1S[0, len(question.prompt_token_ids) :].tolist()
+        got, before = (
+            list(generate_one(m, question.prompt_token_ids, greedy, torch.full((29,), 0.5))) for m in (model, untrained)
+        )
+        assert got == wanted
+        assert tokenizer.decode(got) == their_tokenizer.decode(wanted)
+        assert got != before

@@ -139,18 +139,18 @@ def test_two_models_are_compared_question_by_question():
 
 def test_the_summary_of_a_model():
     _, second = two_models()
-    summary = model_summary(second, [{"numbers": [1, 2, 3]}, {"numbers": [4, 5]}, {"numbers": [6, 7, 8]}])
+    summary = model_summary(second, ["three", "two", "three"])
     (low, high), (low_2, high_2), (low_3, high_3) = (success_interval(counts, 2) for counts in ([2, 1, 1], [1], [2, 1]))
-    assert list(summary["by_numbers"].items()) == [
-        (2, {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2}),
-        (3, {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3}),
+    assert list(summary["by_kind"].items()) == [
+        ("three", {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3}),
+        ("two", {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2}),
     ]
     assert summary["pass_at"] == {1: pytest.approx(4 / 6), 2: 1.0}
     assert {k: summary[k] for k in ("questions", "samples", "success_low", "success_high")} == {
         "questions": 3, "samples": 2, "success_low": low, "success_high": high,
     }  # fmt: skip
     assert [summary[k] for k in ("success", "reward", "mean_length", "finished")] == pytest.approx([4 / 6, 4 / 6, 6.0, 4 / 6])
-    assert model_summary(second, [{"question": "a"}, {"question": "b"}, {"numbers": "three"}])["by_numbers"] == {}
+    assert model_summary(second, [""] * 3)["by_kind"] == {"": {k: summary[k] for k in summary["by_kind"]["two"]}}  # a task without
 
 
 # ---------------------------------------------------------------- a step

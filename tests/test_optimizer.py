@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import optimizer as module
+from flat import views_of
 from optimizer import AdamW, join_bits, split_bits
 
 SHAPES = [(7, 11), (13,), (3, 5, 2)]
@@ -38,8 +39,8 @@ def take_steps(optimizer, params, steps, dtype=None):
 
 
 def masters(optimizer: AdamW) -> list[torch.Tensor]:
-    parts = optimizer.state["low"].split([p.numel() for p in optimizer.params])
-    return [join_bits(p.detach().view(-1), low).view(p.shape) for p, low in zip(optimizer.params, parts, strict=True)]
+    parts = views_of(optimizer.state["low"], optimizer.params)
+    return [join_bits(p.detach(), low) for p, low in zip(optimizer.params, parts, strict=True)]
 
 
 def assert_equal(got, wanted):
@@ -49,7 +50,7 @@ def assert_equal(got, wanted):
 
 def test_float32_equals_torch():
     # Catches: eps inside the square root; `(1 - self.lr * self.weight_decay)` dropped or coupled; a bias correction
-    # dropped; `1 - beta2` -> `1 - beta1`; `offset += p.numel()` dropped, so that parameters share their moments.
+    # dropped; `1 - beta2` -> `1 - beta1`.
     ours, theirs = random_params(), random_params()
     optimizer, reference = AdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
     for step in range(20):
@@ -134,7 +135,7 @@ def test_a_fresh_master_is_the_bf16_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1, 5, 77, 1000])
 def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
-    # Catches: `yield offset + start` -> `yield offset`.
+    # Catches: `gradient[place]` -> `gradient[: size]`.
     whole, parts = random_params(dtype), random_params(dtype)
     wanted = AdamW(whole, **SETTINGS)
     wanted_changes = take_steps(wanted, whole, range(4))
@@ -264,7 +265,8 @@ def test_mixed_or_unknown_dtypes_are_refused():
 def test_bytes_per_weight_are_those_of_the_state(dtype):
     params = random_params(dtype)
     state = AdamW(params, lr=1.0).state.values()
-    assert sum(t.nbytes for t in state) == AdamW.state_bytes_per_weight(dtype) * sum(p.numel() for p in params)
+    places = sum(-(-p.numel() // 64) * 64 for p in params)  # every parameter begins at a multiple of 64
+    assert sum(t.nbytes for t in state) == AdamW.state_bytes_per_weight(dtype) * places
 
 
 # --- offloading

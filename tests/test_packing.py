@@ -2,15 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import episode, random_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
 
-import packing
 from packing import attend_within, pack_rows
 
 H, K, D = 10, 2, 6
@@ -110,14 +109,12 @@ def random_qkv(tokens: int) -> list[torch.Tensor]:
     return [torch.randn(1, heads, tokens, D, generator=generator, dtype=torch.float64) for heads in (H, K, K)]
 
 
-def assert_same_attention(attend, row, episodes, *, gradients=True):
+def assert_same_attention(attend, row, episodes):
     S = len(row.tokens_S)
-    qkv = [t.requires_grad_(gradients) for t in random_qkv(S)]
+    qkv = [t.requires_grad_() for t in random_qkv(S)]
     weights_1HSD = torch.randn(1, H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted_1HSD, got_1HSD = dense_attention(*qkv, visible_SS(row, episodes)), attend(0, *qkv)
     torch.testing.assert_close(got_1HSD, wanted_1HSD, rtol=1e-6, atol=1e-6)
-    if not gradients:
-        return
     wanted = torch.autograd.grad((wanted_1HSD * weights_1HSD).sum(), qkv)
     got = torch.autograd.grad((got_1HSD * weights_1HSD).sum(), qkv)
     for a, b in zip(got, wanted, strict=True):
@@ -132,20 +129,6 @@ def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens
     episodes, advantages = make_batch(groups)
     for row in pack_rows(episodes, advantages, micro_batch_tokens):
         assert_same_attention(attend_within(row.runs, len(row.tokens_S), torch.device("cpu")), row, episodes)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(
-    ("groups", "micro_batch_tokens"), [(GROUPS, 1), (GROUPS, 25), (GROUPS, 100), ([(131, [40, 90]), (5, [7])], 999)]
-)
-def test_block_sparse_attention_equals_the_dense_rule(groups, micro_batch_tokens, monkeypatch):
-    # The mask that CUDA uses, run by FlexAttention's own unfused reference. Catches: `key <= query` -> `key < query`;
-    # `| (own_S[key] == prompt_S[query])` dropped; prompt_S for own_S[key], which shows answers to each other.
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex_attention)
-    episodes, advantages = make_batch(groups)
-    for row in pack_rows(episodes, advantages, micro_batch_tokens):
-        attend = packing._attend_block_sparse(row.runs, len(row.tokens_S), torch.device("cpu"))
-        assert_same_attention(attend, row, episodes, gradients=False)  # which FlexAttention has on CUDA only
 
 
 @torch.no_grad()
@@ -171,8 +154,8 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
 
 
 @pytest.mark.gpu
-def test_compiled_block_sparse_attention_on_cuda_equals_side_by_side():
-    # Would catch: a block mask whose closure still lies on the CPU.
+def test_attention_on_cuda_equals_the_cpus():
+    # Would catch: a mask or an index that still lies on the CPU.
     episodes, advantages = make_batch([(131, [40, 90]), (5, [7])])
     (row,) = pack_rows(episodes, advantages, 999)
     generator = torch.Generator().manual_seed(0)
@@ -180,3 +163,14 @@ def test_compiled_block_sparse_attention_on_cuda_equals_side_by_side():
     wanted = attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, q, k, v)
     got = attend_within(row.runs, len(row.tokens_S), torch.device("cuda"))(0, q.cuda(), k.cuda(), v.cuda())
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_keys_come_in_multiples_that_kernels_read_without_copying():
+    # Catches: `-(L + Q) % KEY_MULTIPLE` -> 0.
+    episodes, advantages = make_batch(GROUPS)
+    (row,) = pack_rows(episodes, advantages, 999)
+    keys = []
+    with patch("packing.F.scaled_dot_product_attention", lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q):
+        attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, *random_qkv(len(row.tokens_S)))
+    assert keys
+    assert all(count % 16 == 0 for count in keys)

@@ -10,8 +10,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from harness.config import load_config
+from harness.cpu import packs_for_decoding
 from harness.plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
-from qwen2_model import Qwen2Config, Transformer, attend_causally, packs_for_decoding
+from qwen2_model import Qwen2Config, Transformer, attend_causally
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -25,7 +26,7 @@ def test_weights_are_counted_right(size):
 
 @pytest.mark.parametrize("checkpoint_layers", [0, 3, 7])
 def test_activations_are_what_autograd_keeps(checkpoint_layers):
-    # Catches: norms that keep no float32 input; checkpoint_layers and the rest exchanged; bytes of one dtype for the other.
+    # Catches: norms that keep nothing in float32; checkpoint_layers and the rest exchanged; bytes of one dtype for the other.
     shape = Qwen2Config(128, 192, 832, 7, 6, 2, 4096, 1e-6, 1e4, True)
     model, tokens_1S = Transformer(shape).bfloat16(), torch.arange(640)[None] % 128
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -70,19 +71,40 @@ def test_what_does_not_fit_names_the_setting_that_would():
     make_plan(small(f"model.memory_gib={0.2 + needed + 0.1}", "training.micro_batch_tokens=704"), SHAPE)
 
 
-@pytest.mark.skipif(not packs_for_decoding("cpu", torch.bfloat16), reason="this CPU build has no oneDNN with bf16")
-def test_packed_weights_are_planned_for():
-    # Catches: the second copy of the weights that decodes in bf16 on the CPU left out.
-    parts = make_plan(small("model.dtype=bfloat16", "model.memory_gib=10.0"), SHAPE).rollout
-    assert parts["weights, packed for decoding"] == parts["weights"] == 2 * num_weights(SHAPE)
-    assert "weights, packed for decoding" not in make_plan(small("model.memory_gib=10.0"), SHAPE).rollout
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_packed_weights_are_planned_for(dtype, size):
+    # Catches: the second copy of the weights that decodes on the CPU left out; a card planned with it.
+    if not packs_for_decoding("cpu", getattr(torch, dtype)):
+        pytest.skip(f"this CPU build has no oneDNN with {dtype}")
+    settings = [f"model.dtype={dtype}", "model.memory_gib=12.0"]
+    parts = make_plan(small(*settings), SHAPE).rollout
+    assert parts["weights, packed for decoding"] == parts["weights"] == size * num_weights(SHAPE)
+    assert "weights, packed for decoding" not in make_plan(small(*settings, "model.device=cuda"), SHAPE).rollout
+
+
+def test_a_plan_for_a_card_needs_no_card(monkeypatch):
+    # Catches: free memory asked for where model.memory_gib says what may be used.
+    monkeypatch.setattr("harness.plan.free_bytes", lambda device: pytest.fail("asked the card"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert make_plan(small("model.device=cuda", "model.memory_gib=12.0"), SHAPE).budget == 12 * 2**30
+    with pytest.raises(ValueError, match=r"model\.memory_gib=null .* no CUDA device is here; .*model\.memory_gib=43\.5"):
+        make_plan(small("model.device=cuda", "model.memory_gib=null"), SHAPE)
+
+
+def test_without_a_limit_the_plan_takes_what_is_free_but_one_gib(monkeypatch):
+    # Catches: the reserve added, or left out.
+    monkeypatch.setattr("harness.plan.free_bytes", lambda device: 9 * 2**30)
+    assert make_plan(small("model.memory_gib=null"), SHAPE) == make_plan(small("model.memory_gib=8.0"), SHAPE)
+    monkeypatch.setattr("harness.plan.free_bytes", lambda device: 5 * 2**28)
+    with pytest.raises(ValueError, match=r"does not fit into 0\.25 GiB \(model\.memory_gib=null\)"):
+        make_plan(small("model.memory_gib=null"), SHAPE)
 
 
 FREED = """
 import resource, torch
-from harness import plan
+from harness import cpu
 if {keep}:
-    plan.prepare_process("cpu")
+    cpu.prepare_process()
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(2**26).fill_(1.0)

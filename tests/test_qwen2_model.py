@@ -1,6 +1,8 @@
 """The model against transformers' Qwen2, and the cached pass against the plain one."""
 
 import json
+import math
+import time
 from dataclasses import asdict
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from helpers import CONFIG, random_model, random_tokens, reference_model
 from safetensors.torch import load_file, save_file
 
+import published_format
 import qwen2_model
-from qwen2_model import KVCache, Qwen2Config, Transformer, packed_for_decoding, packs_for_decoding
+from harness import cpu
+from qwen2_model import KVCache, Qwen2Config, Transformer
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
@@ -28,8 +32,8 @@ def assert_close(got, wanted, tolerance=1e-4):
 @TIED
 @torch.no_grad()
 def test_logits_equal_transformers(tied):
-    # Catches: `return self.weight * x32` -> `return x32`; swapping cos and sin; `+ self.eps` dropped; bias=True -> False
-    # for q_proj; the head of a tied model not being its embedding.
+    # Catches: `eps=config.rms_norm_eps` dropped; swapping cos and sin; bias=True -> False for q_proj; the head of a tied model
+    # not being its embedding.
     model = random_model(tied=tied)
     tokens_BT = random_tokens(3, 71)
     logits_BTV = model(tokens_BT)
@@ -74,7 +78,7 @@ def test_right_padding_changes_nothing_to_its_left():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_checkpointed_layers_give_the_same_gradients(layers):
-    # Catches: `checkpoint(layer, x_BSE, rope, i, ...)` -> `checkpoint(layer, x_BSE.detach(), rope, i, ...)`.
+    # Catches: `return x_BSE.grad, None, None` -> `return grad_BSE, None, None` in RunTwice.
     model = random_model()
     tokens_BS = random_tokens(2, 11)
     positions_BS = torch.arange(11).expand(2, 11)
@@ -93,7 +97,7 @@ def test_checkpointed_layers_give_the_same_gradients(layers):
 
 @torch.no_grad()
 def test_cached_logits_equal_uncached_ones():
-    # Catches: `<= positions_BS[:, :, None]` -> `<`; positions counted from 0 in extend; SPAN rounded down
+    # Catches: `> positions_BS[:, :, None]` -> `>=`; positions counted from 0 in extend; SPAN rounded down
     # (`-(-(n) // SPAN)` -> `n // SPAN`), which the 64th position shows.
     model = random_model()
     tokens_BT = random_tokens(3, 71)
@@ -205,7 +209,7 @@ def test_what_we_save_loads_in_transformers_and_here(tied, shard_bytes, tmp_path
     # Catches: rope_theta written as 10000; tie_word_embeddings left out; a shard missing from the index.
     from transformers import Qwen2ForCausalLM
 
-    monkeypatch.setattr(qwen2_model, "MAX_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", shard_bytes)
     model = random_model(tied=tied)
     model.save_pretrained(tmp_path / "model")
     reference, report = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
@@ -217,8 +221,8 @@ def test_what_we_save_loads_in_transformers_and_here(tied, shard_bytes, tmp_path
 
 
 def test_shards_are_as_large_as_allowed_and_all_in_the_index(tmp_path, monkeypatch):
-    # Catches: `parameter.nbytes > room` -> `>= 0`, a file for each tensor; total_size counted in elements.
-    monkeypatch.setattr(qwen2_model, "MAX_SHARD_BYTES", 30_000)
+    # Catches: `tensor.nbytes > room` -> `>= 0`, a file for each tensor; total_size counted in elements.
+    monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", 30_000)
     model = random_model()
     model.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -264,22 +268,29 @@ def test_a_tied_checkpoint_may_store_its_embedding_twice(tmp_path):
 # --- weights packed for decoding
 
 
-@pytest.mark.skipif(not packs_for_decoding("cpu", torch.bfloat16), reason="this CPU build has no oneDNN with bf16")
+@pytest.mark.parametrize("dtype", [
+    pytest.param(dtype, marks=pytest.mark.skipif(not cpu.packs_for_decoding("cpu", dtype), reason=f"no oneDNN for {dtype} here"))
+    for dtype in (torch.float32, torch.bfloat16)
+], ids=str)  # fmt: skip
 @TIED
-def test_packed_weights_give_the_same_logits_and_do_not_outlive_their_rollout(tied):
-    # Catches: the bias not handed on; the head left out; `packed = None` at the end dropped, which would decode with the
-    # weights of the step before; `torch.is_grad_enabled()` dropped, which would lose the gradient.
-    model = random_model(tied=tied).bfloat16()
+def test_packed_weights_give_the_same_logits_and_do_not_outlive_their_rollout(tied, dtype, monkeypatch):
+    # Catches: the bias not handed on; the head left out, or packed twice (`model.model.modules()` -> `model.modules()`); `pop` at
+    # the end dropped, which would decode with the weights of the step before; `torch.is_grad_enabled()` dropped, which would
+    # lose the gradient.
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    model = random_model(tied=tied).to(dtype)
     tokens_BT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     with torch.no_grad():
         plain_BTV = model(tokens_BT)
-        with packed_for_decoding(model, 2):
-            packed = [p for p in model.parameters() if getattr(p, "packed", None) is not None]
+        with cpu.packed_for_decoding(model, 2):
+            packed = [name for module in model.modules() for name in ("forward", "logits") if name in vars(module)]
             assert len(packed) == 7 * CONFIG.num_hidden_layers + 1
             packed_BTV = model(tokens_BT)
             with torch.enable_grad():
-                assert model(tokens_BT).requires_grad
-    torch.testing.assert_close(packed_BTV, plain_BTV, rtol=0.05, atol=0.05 * float(plain_BTV.std()))
+                model(tokens_BT).sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(packed_BTV, plain_BTV, rtol=tolerance, atol=tolerance * float(plain_BTV.std()))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -293,6 +304,21 @@ def fresh_copy(model: Transformer) -> Transformer:
 
 
 # --- configs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load_error(directory, kind=ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        Transformer.from_pretrained(directory, device="cpu", dtype=torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    return message
 
 
 def published(**changes) -> dict:
@@ -310,6 +336,7 @@ def read(tmp_path, raw) -> Qwen2Config:
     return Qwen2Config.from_json(tmp_path / "config.json")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}
 NEW_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "rope_theta": None}
 
 
@@ -342,17 +369,23 @@ def test_defaults_that_published_configs_rely_on(tmp_path):
         ({"model_type": "qwen3"}, "model_type='qwen3'"),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling='yarn'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling='linear'"),
-        (NEW_ROPE | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}}, "rope_scaling='yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling={'type': 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling={'rope_type': 'linear'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling={'factor': 4.0}"),
+        (NEW_ROPE | {"rope_parameters": YARN}, "rope_parameters={'rope_type': 'yarn'"),
+        (NEW_ROPE | {"rope_parameters": {"full_attention": YARN}}, "rope_parameters={'full_attention'"),
+        (NEW_ROPE | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types=['full_attention', "),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures=['Qwen2ForSequenceClassification']"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config={'quant_method': 'gptq'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"head_dim": 8}, "head_dim=8"),
-        ({"hidden_size": None, "rms_norm_eps": None}, "lacks hidden_size, rms_norm_eps"),
+        ({"hidden_size": None, "rms_norm_eps": None}, "lacks hidden_size, rms_norm_eps; "),
+        ({"hidden_size": None, "model_type": "gpt2"}, "model_type='gpt2'"),
         ({"rope_theta": None}, "lacks rope_theta"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
-    # Catches: any line of `refusals` dropped.
+    # Catches: any field of PublishedConfig or Rope dropped; what is missing told before what is not supported.
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         read(tmp_path, published(**changes))
     assert named in str(caught.value)
@@ -367,26 +400,51 @@ def test_a_config_that_is_missing_or_damaged_is_named(tmp_path):
         Qwen2Config.from_json(tmp_path / "config.json")
 
 
+NO_NUMBER = ["1e-6", [1e-6], {}, True, math.nan, math.inf, -1.0, 0, 0.0]
+NO_SIZE = ["5", [5], 5.0, True, 0, -5, 10**30]
+DAMAGED = {
+    "num_attention_heads": [*NO_SIZE, 7, 20, 120],  # of 60 / 20 = 3, an odd head size, half of the rotation has no partner
+    "num_key_value_heads": [*NO_SIZE, 3, 20],
+    "rms_norm_eps": NO_NUMBER,
+    "rope_theta": NO_NUMBER,
+    "tie_word_embeddings": ["false", 0, []],
+    "eos_token_id": ["2", 2.0, True, -1, 10**30, {"id": 2}, [2, "3"], [[2]]],
+    "vocab_size": NO_SIZE,
+    "num_hidden_layers": [*NO_SIZE, 10**6],
+    "quantization_config": [{}, "fp8"],
+    "architectures": ["Qwen2ForCausalLM", ["Qwen2ForCausalLM", "Other"]],
+    "layer_types": ["full_attention"],
+    "rope_parameters": [[], "default"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_setting_is_named_with_its_value(name, tmp_path):
+    # Catches: strict=True dropped ("false" is true, "5" is 5); a bound of a field; either half of the division.
+    for value in DAMAGED[name]:
+        with pytest.raises(ValueError, match=r"config\.json") as caught:
+            read(tmp_path, published(**{name: value}))
+        assert f"{name}={value!r}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a":' * 10**5, '{"vocab_size": ' + "1" * 10**4 + "}"], ids=["lists", "objects", "digits"]
+)
+def test_json_that_would_exhaust_the_parser_is_named_in_one_line(text, saved):
+    # Catches: RecursionError left out of parse_json.
+    for name in ("model.safetensors.index.json", "config.json"):
+        (saved / name).write_text(text)
+        message = load_error(saved)
+        assert f"{name} is not valid JSON" in message
+        assert len(message) < 500
+
+
 # --- damaged checkpoints
 
 
-@pytest.fixture
-def saved(tmp_path):
-    random_model().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def load_error(directory, kind=ValueError) -> str:
-    with pytest.raises(kind) as caught:
-        Transformer.from_pretrained(directory, device="cpu", dtype=torch.float32)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(directory) in message
-    return message
-
-
 def test_missing_and_unexpected_tensors_are_named(saved):
-    # Catches: `expected.keys() - found` dropped, which would leave uninitialised memory in the weights.
+    # Catches: `shapes.keys() - found` dropped, which would leave uninitialised memory in the weights.
     tensors = load_file(saved / "model.safetensors")
     tensors["model.layers.1.self_attn.q_norm.weight"] = tensors.pop("model.layers.1.self_attn.q_proj.bias")
     save_file(tensors, saved / "model.safetensors")
@@ -412,14 +470,37 @@ def test_a_damaged_file_is_named(damage, saved):
     assert "model.safetensors is damaged" in load_error(saved)
 
 
+@pytest.mark.parametrize("changes", [
+    {"vocab_size": 10**6, "hidden_size": 65_500, "intermediate_size": 10**6, "num_hidden_layers": 300},
+    {"num_hidden_layers": 1000},
+], ids=["every size", "layers"])  # fmt: skip
+def test_sizes_that_no_machine_holds_are_refused_before_memory_is_asked_for(changes, saved):
+    # Catches: `allocate` before `find_weights` in from_pretrained.
+    start = time.perf_counter()
+    (saved / "config.json").write_text(json.dumps(published(**changes)))
+    assert "config.json" in load_error(saved)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("damaged", [
+    torch.ones(12, dtype=torch.int8), torch.ones(12, dtype=torch.bool), torch.ones(12, dtype=torch.complex64),
+    torch.full((12,), 1e300, dtype=torch.float64), torch.full((12,), math.nan), torch.full((12,), -math.inf),
+], ids=["int8", "bool", "complex", "beyond float32", "NaN", "infinite"])  # fmt: skip
+def test_a_tensor_that_holds_no_weights_is_named(damaged, saved):
+    # Catches: `is_floating_point` dropped: copy_ would make weights of quantised integers; `isfinite` of the tensor as stored.
+    name = "model.layers.2.self_attn.k_proj.bias"
+    save_file(load_file(saved / "model.safetensors") | {name: damaged}, saved / "model.safetensors")
+    assert f"model.safetensors: {name} " in load_error(saved)
+
+
 def test_missing_files_are_named(saved, monkeypatch):
     (saved / "model.safetensors").unlink()
     assert "model.safetensors does not exist" in load_error(saved, FileNotFoundError)
-    monkeypatch.setattr(qwen2_model, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", 30_000)
     random_model().save_pretrained(saved)
     shard = sorted(saved.glob("*.safetensors"))[1]
     shard.unlink()
     assert f"{shard.name} does not exist" in load_error(saved, FileNotFoundError)
-    for content in ("[]", "{", '{"weight_map": 3}'):
+    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../model.safetensors"}}'):
         (saved / "model.safetensors.index.json").write_text(content)
-        assert "is not a safetensors index" in load_error(saved)
+        assert "model.safetensors.index.json" in load_error(saved)

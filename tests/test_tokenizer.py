@@ -1,15 +1,21 @@
 """The tokenizer against transformers' on the real Qwen2.5 files, and its errors on a small one made here."""
 
 import json
+import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import CONFIG
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from countdown_task import RESPONSE_PREFIX, SYSTEM_MESSAGE, render_prompt
+from published_format import write_config
 from tokenizer import Tokenizer
+from warm_start import all_attempts, make_tokenizer, make_trace
 
 QWEN = Path(__file__).parent.parent / "../shared/qwen2.5-tokenizer"
 needs_qwen = pytest.mark.skipif(not QWEN.exists(), reason="../shared/qwen2.5-tokenizer is not here")
@@ -125,6 +131,48 @@ def test_what_is_saved_is_the_same_tokenizer(qwen, tmp_path):
         assert (tmp_path / "new/directory" / name).read_bytes() == (QWEN / name).read_bytes()
 
 
+# ---------------------------------------------------------------- what a checkpoint holds, in transformers
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("qwen2.5", marks=needs_qwen)])
+def checkpoint(request, tmp_path_factory) -> Path:
+    """A tokenizer that we saved beside a Qwen2 config, from which transformers takes its own idea of what the tokenizer does."""
+    source, directory = QWEN, tmp_path_factory.mktemp("checkpoint")
+    if request.param == "tiny":
+        source = directory / "source"
+        make_tokenizer(source)
+    Tokenizer.from_pretrained(source).save_pretrained(directory / "saved")
+    write_config(directory / "saved/config.json", asdict(CONFIG), torch.float32)
+    return directory / "saved"
+
+
+def test_a_checkpoints_tokenizer_is_the_same_in_transformers(checkpoint):
+    # Catches: a normaliser of our own in make_tokenizer, which transformers replaces; an added token that takes the white space
+    # around it; a chat template that only we can render.
+    from transformers import AutoTokenizer
+
+    ours, theirs = Tokenizer.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    rng = random.Random(0)
+    for numbers in ([3, 5, 7], [10, 10, 1], [0, 99, 100], [44, 19, 35, 7]):
+        prompt = render_prompt({"numbers": numbers, "target": 22}, ours)
+        messages = [{"role": "system", "content": SYSTEM_MESSAGE},
+                    {"role": "user", "content": prompt.split("user\n", 1)[1].split("<|im_end|>", 1)[0]}]  # fmt: skip
+        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + RESPONSE_PREFIX == prompt
+        pairs = all_attempts(numbers[:3])
+        answer = make_trace(pairs, pairs[0][0][1][0][2], rng) + "<|im_end|>"
+        for text in (prompt, answer, prompt + answer, answer.replace("; ", ";  "), answer.upper()):
+            ids = ours.encode(text)
+            assert ids == theirs(text)["input_ids"], text
+            assert ours.decode(ids) == theirs.decode(ids) == text
+    for text in TEXTS.values():
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.vocab_size == len(theirs)
+    assert ours.pad_id == theirs.pad_token_id
+    assert theirs.eos_token_id in ours.stop_ids
+
+
 # ---------------------------------------------------------------- a small one
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[assistant:{% endif %}"
@@ -183,8 +231,10 @@ def test_the_ids_that_end_an_answer(tmp_path, generation, changes, wanted):
 @pytest.mark.parametrize(
     ("generation", "changes"),
     [({"eos_token_id": 259}, {}), ({"eos_token_id": ["<end>"]}, {}), ({"eos_token_id": "<end>"}, {}), ({"eos_token_id": []}, {}),
-     (None, {"eos_token": "<nowhere>"}), (None, {"eos_token": None})],
-    ids=["beyond the vocabulary", "text in a list", "text", "empty list", "eos_token unknown", "no eos_token"],
+     ({"eos_token_id": True}, {}), ({"eos_token_id": 256.0}, {}), ({"eos_token_id": [[256]]}, {}), ({"eos_token_id": [10**30]}, {}),
+     ({"eos_token_id": {"id": 256}}, {}), (None, {"eos_token": "<nowhere>"}), (None, {"eos_token": None})],
+    ids=["beyond the vocabulary", "text in a list", "text", "empty list", "true", "a float", "a list in a list", "a huge number",
+         "an object", "eos_token unknown", "no eos_token"],
 )  # fmt: skip
 def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path, generation, changes):
     with pytest.raises(ValueError, match=r"(?s)stop ids.*eos_token_id") as caught:
@@ -300,7 +350,7 @@ def test_a_model_without_a_template_is_refused(tmp_path, changes):
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 DAMAGE = {"empty": b"", "cut": b'{"version": "1.0", "mod', "no JSON": b"<html>\n<h1>404</h1>\n</html>\n", "a list": b"[1, 2]",
-          "a number": b"3", "null": b"null", "no UTF-8": b'{"a": "\xff\xfe"}'}  # fmt: skip
+          "a number": b"3", "null": b"null", "no UTF-8": b'{"a": "\xff\xfe"}', "nested without end": b'{"a":' * 10**5}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

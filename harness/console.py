@@ -1,0 +1,93 @@
+"""What a person sees while the program works: one bar for the part at hand, a line a step, and times for the logs."""
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from tqdm import tqdm
+
+from data_types import Watch
+
+UNITS = {"prefill": "prompt", "gradient": "token", "optimizer": "step"}
+COLUMNS = {  # column: (metric, format); 80 characters wide in all
+    "step": ("step", "{:>5d}"), "reward": ("reward", "{:6.3f}"), "solved": ("rewards/answer", "{:6.1%}"),
+    "format": ("rewards/format", "{:6.1%}"), "equal": ("frac_reward_zero_std", "{:5.0%}"),
+    "length": ("completions/mean_length", "{:6.1f}"), "cut off": ("completions/clipped_ratio", "{:7.1%}"),
+    "entropy": ("entropy", "{:7.3f}"), "|grad|": ("grad_norm", "{:6.3f}"), "Δlogp": ("sampling/logp_difference_mean", "{:7.1e}"),
+    "s/step": ("seconds", "{:6.2f}"),
+}  # fmt: skip
+
+
+class PhaseWatch(Watch):
+    """Watches one phase (a rollout, an update, an evaluation): seconds and counts of its parts, and a bar on a terminal.
+
+    `check` is called at every advance: the moments at which nothing is half-done, and a signal may end the work.
+    `critical`: from the moment at which the weights begin to change; whoever has noted whose they now are takes it back.
+    """
+
+    def __init__(self, phase: str, check: Callable[[], None] = lambda: None):
+        self.phase, self.check = phase, check
+        self.seconds, self.counts, self.critical = Counter(), Counter(), False
+        self._bar = None
+
+    @contextmanager
+    def part(self, name: str, total: int) -> Iterator[None]:
+        clock, self.critical = time.perf_counter(), self.critical or name == "optimizer"
+        title, unit = f"{self.phase}: {name}", UNITS.get(name, "answer")
+        with tqdm(desc=title, total=total, unit=unit, leave=False, disable=None) as self._bar:
+            yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - clock
+
+    def advance(self, amount: int = 0, **counts: int) -> None:
+        self.counts.update(counts)
+        if "row_steps" in counts:  # answers end late; that they grow is seen at once
+            self._bar.set_postfix_str(f"{self.counts['row_steps']:,} tokens", refresh=False)
+        self._bar.update(amount)
+        self.check()
+
+
+def say(line: str = "") -> None:
+    tqdm.write(line)
+
+
+def say_last(text: str, *, failed: bool) -> None:
+    """Print, to stderr if the program failed. Where nobody reads any more, nothing comes up again when Python ends."""
+    for stream, line in ((sys.stdout, "" if failed else text), (sys.stderr, text if failed else "")):
+        try:
+            print(line, end="\n" if line else "", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def heading() -> str:
+    return " ".join(f"{column:>{len(form.format(0))}}" for column, (_, form) in COLUMNS.items())
+
+
+def row(metrics: dict) -> str:
+    """One step. A metric that the step lacks is shown as nan."""
+    cells = (form.format(metrics.get(name, float("nan"))) for name, form in COLUMNS.values())
+    return " ".join(cells) + (f"  no step: {metrics['skipped']}" if metrics.get("skipped") else "")
+
+
+def duration(seconds: float) -> str:
+    """In the unit in which it is easiest to grasp."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def peak_bytes(device: str) -> int:
+    """The phase's peak on a GPU (reset by reset_peak); on a CPU the process's so far."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,72 @@
+"""What exists only for a CPU. Deleting this file and its two calls in run.py leaves a program that runs, slower.
+
+Everything here leans on things that are not PyTorch's public face, each for a measured reason (bench/LOG.md).
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen2_model import Transformer
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+SMALL = 2**17  # weights; a smaller matrix stays in the cache, where its order does not matter
+
+
+def prepare_process() -> None:
+    """Sum in one order whatever the threads do, so that two runs of one seed are the same run; and keep what is freed.
+
+    Every step frees and asks for the same hundreds of megabytes; handed back to the kernel and asked for page by page they
+    took as long as the arithmetic.
+    """
+    # This is use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB.
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)
+
+
+@contextmanager
+def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
+    """Within, the products of `rows` rows have their weights in the order of the CPU's vector instructions.
+
+    A product with few rows otherwise spends up to two thirds of its time rearranging them. Takes the weights' memory once
+    more; gone before the weights change.
+    """
+    if not packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
+        yield
+        return
+    linears = [m for m in model.model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > SMALL]
+    try:
+        for linear in linears:
+            linear.forward = partial(_product, weight_OE=linear.weight, packed=_pack(linear.weight, rows), bias_O=linear.bias)
+        head_VE = model.head_weight_VE
+        if head_VE.numel() > SMALL:
+            model.logits = partial(_product, weight_OE=head_VE, packed=_pack(head_VE, rows), bias_O=None)
+        yield
+    finally:
+        for module, name in (*((linear, "forward") for linear in linears), (model, "logits")):
+            module.__dict__.pop(name, None)  # the method of its class again
+
+
+def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _pack(weight_OE: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), rows)
+
+
+def _product(x_PE: Tensor, *, weight_OE: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return F.linear(x_PE, weight_OE, bias_O)
+    return torch.ops.mkldnn._linear_pointwise(x_PE, packed, bias_O, "none", [], "")

@@ -1,0 +1,351 @@
+"""A run: what happens around the loop of train.py, so that it can be left alone for days.
+
+It holds its output directory, hears signals, writes logs and checkpoints, goes on where a checkpoint stands, watches for
+what goes wrong, and turns every way out into one message and an exit code. Weights that are good are saved on every way out.
+A checkpoint stands between a step and the evaluation that follows it.
+"""
+
+import argparse
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from data_types import Episode, Question, UpdateStats
+from flat import flat_weights, norm
+from grpo import episode_advantages
+from harness import console, cpu
+from harness.checkpoint import (
+    NotSaved,
+    Place,
+    checkpoint_path,
+    is_held,
+    lock_directory,
+    newest_good,
+    remove_half_written,
+    save_checkpoint,
+)
+from harness.config import Config, as_yaml, load_config
+from harness.console import say
+from harness.logs import RunLog
+from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
+from harness.plan import GIB, find_shape, make_plan
+from harness.tasks import guard_reward, load_task
+from optimizer import AdamW
+from qwen2_model import Qwen2Config, Transformer
+from tokenizer import Tokenizer
+
+# What a resumed run may not change: it would no longer be the same run.
+FIXED_KEYS = ("task", "data", "model.dtype", "training.seed", "training.batch_size", "training.num_questions_per_batch")
+UNFORESEEN = 70  # a fault of this program: its traceback is shown
+
+
+class Finished(Exception):
+    """There is nothing more to do, and nothing went wrong."""
+
+
+class Stopped(Exception):
+    """The run cannot go on; its last checkpoint is good."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; raised where nothing half-done is lost."""
+
+
+class Signals:
+    """Remembers the first SIGINT, SIGTERM or SIGHUP, to be acted on at the next token or micro-batch.
+
+    A second SIGINT or SIGTERM ends the process at once; a second SIGHUP does nothing, because a closing terminal sends several.
+    """
+
+    HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self):
+        self.received = None
+        for signum in self.HEARD:
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum, frame) -> None:
+        self.received = signum
+        for s in self.HEARD:
+            signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Interrupted
+
+
+class Run:
+    """with Run() as run: open it, begin it, take its steps; run.exit_code says how it ended."""
+
+    def __enter__(self) -> "Run":
+        self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
+        self.closing = contextlib.ExitStack()
+        self.log = None  # from begin() on
+        return self
+
+    # ------------------------------------------------------------ the start
+
+    def open(self, argv: list[str] | None) -> Config:
+        """Read the command line and the config, hold the output directory, find where to begin, load task and problems.
+
+        From here on: config, task, problems, reward, and source, the model directory to load. Raises ValueError or
+        OSError naming what the user can mend.
+        """
+        parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
+        parser.add_argument("--config", default="config.yaml", help="YAML file with the hyperparameters (default: config.yaml)")
+        either = parser.add_mutually_exclusive_group()
+        either.add_argument("--resume", action="store_true", help="go on with the run in output_dir, by its own config")
+        either.add_argument("--plan", action="store_true", help="print the memory that the run would need, and end")
+        parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example training.learning_rate=5e-6")
+        arguments = parser.parse_intermixed_args(argv)
+        overrides = arguments.overrides
+        named = [override for override in overrides if override.startswith("output_dir=")]  # the rest is for the run's own config
+        config = load_config(arguments.config, named if arguments.resume else overrides)
+        if arguments.plan:
+            say(make_plan(config, find_shape(config.model.path)).table())
+            raise Finished
+        self.directory = Path(config.output_dir)
+        self.checkpoints, own_config = self.directory / "checkpoints", self.directory / "config.yaml"
+        self.lock = self.closing.enter_context(lock_directory(self.directory))
+        if own_config.exists() and not arguments.resume:
+            raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
+        if arguments.resume and not own_config.exists():
+            raise FileNotFoundError(f"output_dir={self.directory} holds no run to resume; start it without --resume")
+        self.place, self.saved_state = Place(step=0, optimizer_steps=0, log_sizes={}, config={}), None
+        self.source = Path(config.model.path)
+        if arguments.resume:
+            config = load_config(own_config, overrides).model_copy(update={"output_dir": str(self.directory)})
+            self._find_place(load_config(own_config), config)
+        if config.model.device == "cpu":
+            cpu.prepare_process()
+        self.config, self.task = config, load_task(config.task)
+        self._ask_for_what_is_missing()
+        self.reward = guard_reward(
+            self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors
+        )
+        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"))
+        return config
+
+    def _find_place(self, old: Config, new: Config) -> None:
+        """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
+        self.source = Path(new.model.path)
+        remove_half_written(self.checkpoints)
+        if found := newest_good(self.checkpoints):
+            self.source, self.place, self.saved_state = found
+        say(f"resuming from {self.source}" if found else "no checkpoint yet: starting over")
+        for key, before, now in _differences(self.place.config or old.model_dump(mode="json"), new.model_dump(mode="json")):
+            if key.startswith(FIXED_KEYS):
+                raise ValueError(f"{key} was {before!r} in the run to resume and is {now!r} now; it cannot change: restore it, or "
+                                 "start a new run with another output_dir=…")
+            say(f"note: {key} changes from {before!r} to {now!r}")
+        if self.place.step > new.training.max_steps:
+            raise ValueError(f"the run is at step {self.place.step}, beyond training.max_steps={new.training.max_steps}; raise it")
+
+    def _ask_for_what_is_missing(self) -> None:
+        """Load the problems, and name all at once that the user has to fetch."""
+        config, missing, name = self.config, [], self.source.name
+        if no_card := config.model.device == "cuda" and not torch.cuda.is_available():
+            missing.append("model.device=cuda, but no CUDA device is here")
+        if not self.source.exists():
+            published = name.startswith("Qwen2.5-")
+            missing.append(f"model.path={self.source} does not exist; " + (
+                f"fetch it with\n  uv run hf download Qwen/{name} --local-dir {self.source}" if published else
+                "name a directory with a model, or make a small one: uv run warm_start.py"
+            ))  # fmt: skip
+        try:
+            self.problems = self.task.load_problems(config.data)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+        if no_card or "hf download" in "".join(missing):
+            missing.append("or train without card and download: uv run train.py --config config_tiny.yaml")
+        if missing:
+            raise FileNotFoundError("\n".join(missing))
+
+    def begin(self, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, held_out: list[Question]) -> None:
+        """Check that the parts fit together and into memory; give the optimizer its state back; open the logs."""
+        config = self.config
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{self.source}: the tokenizer has {tokenizer.vocab_size} entries, the model only "
+                             f"{model.config.vocab_size} rows; they belong to different models")
+        longest, limit = max(len(q.prompt_token_ids) for q in held_out), model.config.max_position_embeddings
+        if longest + config.training.max_gen_len > limit:
+            raise ValueError(f"a prompt of {longest} tokens and training.max_gen_len={config.training.max_gen_len} exceed the "
+                             f"model's max_position_embeddings={limit}; lower training.max_gen_len")
+        if self.saved_state:
+            optimizer.load_state_dict({"steps": self.place.optimizer_steps, **self.saved_state})
+            self.saved_state = None
+        self.first, self.last = self.place.step, config.training.max_steps
+        self.place.config = config.model_dump(mode="json")
+        self._write_config()
+        self.log = RunLog(self.directory, self.place.log_sizes)
+        self.closing.callback(self.log.close)
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.saved_step, self.skipped_in_a_row = self.first, 0
+        self.watches: dict[str, console.PhaseWatch] = {}  # of each phase, the latest
+        self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
+        say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
+            f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps")
+
+    def _write_config(self) -> None:
+        """Aside first: a run can always be resumed by its config."""
+        aside = self.directory / "config.yaml.partial"
+        aside.write_text(as_yaml(self.config), encoding="utf-8")
+        aside.rename(self.directory / "config.yaml")
+
+    # ------------------------------------------------------------ the loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to do, from 1 on."""
+        for step in range(self.first + 1, self.last + 1):
+            if (step - 1 - self.first) % 20 == 0:
+                say(console.heading())
+            yield step
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[console.PhaseWatch]:
+        """A rollout, an update or an evaluation: its time, its peak of memory, and the moments at which a signal is heard."""
+        device, watch = self.config.model.device, console.PhaseWatch(name, self.signals.check)
+        self.watches[name], self.phase_name = watch, name
+        console.reset_peak(device)
+        clock = time.perf_counter()
+        samples = name != "update"
+        with cpu.packed_for_decoding(self.model, self.config.training.batch_size) if samples else contextlib.nullcontext():
+            yield watch
+        watch.seconds["all"], watch.peak_bytes = time.perf_counter() - clock, console.peak_bytes(device)
+
+    def log_step(self, step: int, questions: list[Question], episodes: list[Episode], stats: UpdateStats) -> None:
+        """Write and show what a step computed and cost; save a checkpoint when one is due. Raises Stopped."""
+        training, rollout, update = self.config.training, self.watches["rollout"], self.watches["update"]
+        if not math.isfinite(norm(flat_weights(self.model.parameters()))):
+            raise FloatingPointError(f"the update of step {step} made weights that are not finite (norm of its gradient: "
+                                     f"{stats.grad_norm:.3g}); lower training.learning_rate")
+        self.place.step, update.critical = step, False  # whatever happens to its log, the weights are this step's
+        self._check_directory()
+        num_answers = training.batch_size // training.num_questions_per_batch
+        metrics = {"step": step} | step_metrics(episodes, stats, learning_rate=self.optimizer.lr, num_answers=num_answers)
+        self.log.write("metrics.jsonl", metrics)
+        for sample in pick_samples(episodes, episode_advantages(episodes), [q.prompt for q in questions]):
+            self.log.write("samples.jsonl", {"step": step} | sample)
+        seconds, tokens = rollout.seconds["all"] + update.seconds["all"], sum(len(e.response_token_ids) for e in episodes)
+        self.log.write("timings.jsonl", {
+            "step": step, "seconds": seconds,
+            **{f"seconds/{part}": (rollout.seconds + update.seconds)[part]
+               for part in ("prefill", "decode", "reward", "gradient", "optimizer")},
+            "tokens_per_second/rollout": tokens / rollout.seconds["all"],
+            "tokens_per_second/update": update.counts["tokens_run"] / update.seconds["all"],
+            "wasted_row_steps": 1 - tokens / rollout.counts["row_steps"],
+            "memory/rollout": rollout.peak_bytes / GIB, "memory/update": update.peak_bytes / GIB,
+        })  # fmt: skip
+        say(console.row(metrics | {"seconds": seconds}))
+        self.recent = [*self.recent[-19:], metrics | {"seconds": seconds}]
+        for warning in smells(self.recent) - self.warned:
+            say(f"warning: {warning}")
+            self.warned.add(warning)
+        if step == self.first + 3:
+            self._report_cost(self.last - step)
+        self.place.log_sizes = self.log.sizes()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.broken_questions else 0
+        if self.skipped_in_a_row == training.max_skipped_steps:
+            raise Stopped(f"{self.skipped_in_a_row} steps in a row were skipped: {stats.skipped} "
+                          f"(questions {stats.broken_questions})")
+        if step % training.ckpt_save_interval == 0 or step == self.last:
+            self._save()
+
+    def log_evaluation(self, step: int, episodes: list[Episode]) -> None:
+        self._check_directory()
+        metrics = evaluation_metrics(episodes)
+        self.log.write("metrics.jsonl", {"step": step} | metrics)
+        self.log.write("timings.jsonl", {"step": step, "seconds/evaluation": self.watches["evaluation"].seconds["all"]})
+        say(f"step {step}: {_success(metrics)}, mean length {metrics['eval/mean_length']:.0f}")
+
+    def _report_cost(self, steps_left: int) -> None:
+        """After three steps: what a step takes, and the plan against what was measured."""
+        per_step = median(figures["seconds"] for figures in self.recent)
+        say(f"about {per_step:.1f} s a step: {console.duration(steps_left * per_step)} to go")
+        if self.config.model.device == "cuda":
+            for phase in ("rollout", "update"):
+                planned, peak = sum(getattr(self.plan, phase).values()), self.watches[phase].peak_bytes
+                say(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned")
+
+    def _check_directory(self) -> None:
+        if not is_held(self.directory, self.lock):
+            raise Stopped(f"{self.directory} was removed or replaced while the run was going")
+
+    def _save(self) -> None:
+        """After steps that were skipped nothing older is removed: it may be the last from which the numbers stay finite."""
+        if self.directory.exists() and not is_held(self.directory, self.lock):
+            raise NotSaved(f"{self.directory} may belong to another run now")
+        clock, keep = time.perf_counter(), self.config.training.keep_checkpoints
+        save_checkpoint(self.checkpoints, self.model, self.tokenizer, self.optimizer, self.place,
+                        keep=None if self.skipped_in_a_row else keep)
+        self.saved_step = self.place.step
+        if not (self.directory / "config.yaml").exists():  # the directory was removed, and has just been made again
+            self._write_config()
+        self.log.write("timings.jsonl", {"step": self.place.step, "seconds/checkpoint": time.perf_counter() - clock})
+
+    # ------------------------------------------------------------ the end
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        """Save what is good, close all, and turn what happened into a message and an exit code."""
+        message, self.exit_code = self._explain(error)
+        with self.closing:
+            if self.log is not None:
+                message += self._outcome() if error is None else self._save_what_is_good(error)
+        console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
+        return self.exit_code != UNFORESEEN
+
+    def _explain(self, error: BaseException | None) -> tuple[str, int]:
+        """What to say, and the exit code."""
+        if error is None or isinstance(error, Finished):
+            return "", 0
+        if isinstance(error, Interrupted):
+            return "interrupted", 128 + self.signals.received
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and self.log is None):
+            return f"error: {error}", 2
+        if isinstance(error, torch.OutOfMemoryError):
+            return (f"error: the GPU's memory is full in the {self.phase_name} ({str(error).splitlines()[0]}); lower "
+                    f"model.memory_gib, which makes the plan smaller, and --resume. The plan was\n{self.plan.table()}"), 1
+        if isinstance(error, Stopped | OSError | FloatingPointError):
+            return f"error: {error}", 1
+        return "", UNFORESEEN
+
+    def _save_what_is_good(self, error: BaseException) -> str:
+        """Whatever ended the run, the steps since the last checkpoint are not lost if their weights are good."""
+        whole = "update" not in self.watches or not self.watches["update"].critical
+        unsaved = self.place.step > self.saved_step or (self.saved_step and not self._saved().is_dir())
+        lost = f"\nthe steps after {self.saved_step} are lost" if unsaved else ""
+        if unsaved and whole and not isinstance(error, NotSaved):
+            try:
+                self._save()
+                lost = ""
+            except OSError as failure:
+                lost += f": {failure}"
+        return lost + (f"\n{self._saved()} is saved; go on with the same command and --resume" if self._saved().is_dir() else "")
+
+    def _saved(self) -> Path:
+        return checkpoint_path(self.checkpoints, self.saved_step)
+
+    def _outcome(self) -> str:
+        evaluations = [record for record in self.log.read("metrics.jsonl") if "eval/success" in record]
+        return (f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"
+                f"{self._saved()} is the trained model, in the published format")
+
+
+def _success(metrics: dict) -> str:
+    return (f"{metrics['eval/success']:.1%} of {metrics['eval/questions']} held-out questions solved "
+            f"(95 % interval {metrics['eval/success_low']:.1%} … {metrics['eval/success_high']:.1%})")
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple]:
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

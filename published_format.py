@@ -1,0 +1,273 @@
+"""Models and data as they are published: config.json, safetensors weights in one file or several, JSON, rows of a dataset.
+
+Everything here was written by somebody else, so everything is bounded and checked, and every fault names its file.
+"""
+
+import json
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+REMEDY = "fetch the model again"
+MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
+MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
+
+Size = Annotated[int, Field(gt=0, le=10**6)]
+Positive = Annotated[float, Field(gt=0.0, le=1e12)]
+
+
+class Rope(BaseModel):
+    """Rotary positions as they are: any other key would scale them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"  # an older name of rope_type
+    rope_theta: Positive | None = None
+
+
+class PublishedConfig(BaseModel):
+    """What a dense Qwen2.5's config.json may say, in the spelling of transformers 4 or 5; other keys do not matter."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_type: Literal["qwen2"]
+    architectures: list[Literal["Qwen2ForCausalLM"]] | None = None
+    hidden_act: Literal["silu"] = "silu"
+    use_sliding_window: Literal[False] | None = False
+    layer_types: list[Literal["full_attention"]] | None = None
+    quantization_config: Literal[None] = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    head_dim: Size | None = None
+    vocab_size: Size
+    hidden_size: Annotated[int, Field(gt=0, le=2**16)]
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
+    num_attention_heads: Annotated[int, Field(gt=0, le=1024)]
+    num_key_value_heads: Annotated[int, Field(gt=0, le=1024)]
+    max_position_embeddings: Annotated[int, Field(gt=0, le=10**9)]
+    rms_norm_eps: Positive
+    rope_theta: Positive
+    tie_word_embeddings: bool = False
+    bos_token_id: Size | Literal[0] | None = None
+    eos_token_id: Size | Literal[0] | list[Size | Literal[0]] | None = None
+
+
+def read_config(path: Path) -> PublishedConfig:
+    """Raises FileNotFoundError, or ValueError naming the setting that is damaged or not implemented."""
+    raw = read_json(path)
+    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    rope = raw.get("rope_parameters")
+    if isinstance(rope, dict):
+        raw.setdefault("rope_theta", rope.get("rope_theta"))
+    try:
+        config = PublishedConfig.model_validate({key: value for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        missing = [str(fault["loc"][0]) for fault in error.errors() if fault["type"] == "missing"]
+        wrong = [fault for fault in error.errors() if fault["type"] != "missing"]
+        if not wrong:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; {REMEDY}") from None
+        name, reason = wrong[0]["loc"][0], wrong[0]["msg"]
+        reason = reason[0].lower() + reason[1:]
+        raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {reason}; use a dense Qwen2.5 model, or {REMEDY}") from None
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    if config.hidden_size % (2 * heads) or heads % config.num_key_value_heads:
+        raise ValueError(f"{path}: hidden_size={config.hidden_size}, num_attention_heads={heads} and num_key_value_heads="
+                         f"{config.num_key_value_heads} do not divide into heads of an even size; {REMEDY}")
+    if config.head_dim not in (None, head_dim):
+        raise ValueError(f"{path}: head_dim={config.head_dim} is not supported, only {head_dim}; use a dense Qwen2.5 model")
+    return config
+
+
+def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a config.json that transformers 4 and 5 and vLLM read."""
+    name = str(dtype).removeprefix("torch.")
+    fixed = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
+        "initializer_range": 0.02, "use_cache": True, "use_sliding_window": False, "torch_dtype": name, "dtype": name,
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
+    }  # fmt: skip
+    path.write_text(json.dumps(fixed | fields, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- weights
+
+
+def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Path]:
+    """The file that holds each of a checkpoint's tensors: the headers read, and no memory asked for yet.
+
+    tied: a copy of the embedding under lm_head.weight, which some tied checkpoints hold, is passed over.
+    Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
+    """
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in _weight_files(directory):
+        header = _with_safetensors(file, lambda f: {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})  # noqa: SIM118
+        found |= {name: (file, shape) for name, shape in header.items()}
+    if tied:
+        found.pop("lm_head.weight", None)
+    if wrong := [f"missing {n}" for n in shapes.keys() - found] + [f"unexpected {n}" for n in found.keys() - shapes]:
+        raise ValueError(f"{directory}: the weights do not match config.json: {'; '.join(sorted(wrong)[:8])}"
+                         f"{' …' if len(wrong) > 8 else ''}; {REMEDY}")
+    for name, (file, shape) in found.items():
+        if shape != shapes[name]:
+            raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {shapes[name]}; "
+                             "weights and config belong to different models")
+    return {name: file for name, (file, _) in found.items()}
+
+
+def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
+    """Copy tensors, one at a time, into `weights` (name -> tensor, on any device, of any float dtype).
+
+    Raises ValueError naming what is damaged, not of a float type, or not finite.
+    """
+
+    def copy(f, file: Path) -> None:
+        for name in (name for name, origin in files.items() if origin == file):
+            tensor = f.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: {name} is of {tensor.dtype}, not of a float type; quantised models are not read")
+            weights[name].copy_(tensor)
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{file}: {name} holds numbers that are not finite as {weights[name].dtype}; {REMEDY}")
+
+    for file in sorted(set(files.values())):
+        _with_safetensors(file, lambda f, file=file: copy(f, file))
+
+
+def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
+    """Write model.safetensors, or shards of at most MAX_SHARD_BYTES and their index."""
+    for stale in directory.glob("model*.safetensors*"):  # an old index would win over a new single file
+        stale.unlink()
+    shards, room = [{}], MAX_SHARD_BYTES
+    for name, tensor in weights.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = MAX_SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+                 "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(directory / file, shard)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file. Raises OSError if it cannot be written, whatever the library calls that."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError if the file is damaged, FileNotFoundError if it is not there."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return _with_safetensors(path, lambda f: {name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values()):
+            raise ValueError(f"{index} is not a safetensors index; {REMEDY}")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} does not exist; {REMEDY} (only safetensors weights are read)")
+    return [directory / name for name in names]
+
+
+def _with_safetensors(path: Path, read: Callable):
+    try:
+        with safe_open(path, framework="pt") as f:
+            return read(f)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
+
+
+# ---------------------------------------------------------------- text and JSON
+
+
+def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) -> str:
+    """The text of a regular file of at most `limit` bytes. Raises FileNotFoundError or ValueError, naming it and the remedy."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is a directory, a pipe or a device, not a file; {remedy}")
+        if status.st_size > limit:
+            raise ValueError(f"{path} has {status.st_size:,} bytes, more than {limit:,}; {remedy}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); {remedy}") from None
+    except OSError as error:  # a circle of links, no permission
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+
+def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises FileNotFoundError or ValueError, naming the file and the remedy."""
+    return parse_json(read_text(path, remedy=remedy), str(path), remedy=remedy)
+
+
+def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON ({str(error)[:200]}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds a {type(value).__name__}, not an object; {remedy}")
+    return value
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where it stands, {column: value}) of each row of a .jsonl file or of a dataset directory with data/*.parquet.
+
+    Raises FileNotFoundError or ValueError, naming the file, the row and the remedy; ValueError if there are no rows.
+    """
+    if path.suffix != ".jsonl":
+        rows = _read_parquet(path, columns, remedy)
+    else:
+        lines = enumerate(read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n"), 1)
+        rows = [(f"{path}, line {i}", parse_json(line, f"{path}, line {i},", remedy=remedy)) for i, line in lines if line.strip()]
+    for place, row in rows:
+        if missing := [column for column in columns if column not in row]:
+            raise ValueError(f"{place}: {' and '.join(missing)} missing; {remedy}")
+    if not rows:
+        raise ValueError(f"{path} holds no rows; {remedy}")
+    return rows
+
+
+def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> list[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted((path / "data").glob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{path} {'holds no data/*.parquet' if path.exists() else 'does not exist'}; {remedy}")
+    rows = []
+    for file in files:
+        try:
+            table = pq.read_table(file, columns=list(columns)).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is not a parquet file with the columns {' and '.join(columns)} ({error}); {remedy}") from None
+        rows += [(f"{file}, row {i}", row) for i, row in enumerate(table, 1)]
+    return rows

@@ -1,0 +1,92 @@
+"""One tensor for all: views where they must be, the same numbers as before, and gradients that autograd adds to in place."""
+
+import math
+
+import pytest
+import torch
+from helpers import random_model, random_tokens
+from torch import nn
+
+from flat import ALIGNMENT, allocate, flat_gradient, flat_weights, norm, views_of, zero_gradient
+from qwen2_model import Transformer
+
+SHAPES = [(7, 11), (13,), (64,), (3, 5, 2)]
+SIZE = 128 + 64 + 64 + 64
+
+
+def parameters(dtype=torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_keep_their_values_and_share_one_tensor(dtype):
+    # Catches: `.copy_(parameter.detach())` dropped; places that do not grow.
+    ours, wanted = parameters(dtype), parameters(dtype)
+    flat = flat_weights(ours)
+    assert flat.shape == (SIZE,)
+    for p, w in zip(ours, wanted, strict=True):
+        assert torch.equal(p, w)
+        assert p.data_ptr() % (ALIGNMENT * p.itemsize) == flat.data_ptr() % (ALIGNMENT * p.itemsize)
+    assert norm(flat) == pytest.approx(math.sqrt(sum(w.detach().double().square().sum().item() for w in wanted)), rel=1e-5)
+    flat.zero_()
+    assert not any(p.any() for p in ours)
+    assert not flat.requires_grad
+
+
+def test_laying_flat_twice_moves_nothing():
+    # Catches: _common_tensor that never finds it, which would copy the model at every step.
+    ours = parameters()
+    first = flat_weights(ours)
+    assert flat_weights(ours).data_ptr() == first.data_ptr() == ours[0].data_ptr()
+
+
+@pytest.mark.parametrize("change", ["order", "other storage", "not contiguous"])
+def test_what_only_looks_flat_is_laid_anew(change):
+    # Catches: either comparison of _common_tensor dropped.
+    ours = parameters()
+    old = flat_weights(ours)
+    if change == "order":
+        ours[1], ours[2] = ours[2], ours[1]
+    elif change == "other storage":
+        ours[2].data = ours[2].detach().clone()
+    else:
+        ours[0].data = ours[0].detach().t()
+    wanted = [p.detach().clone() for p in ours]
+    assert flat_weights(ours).data_ptr() != old.data_ptr()
+    for p, w in zip(ours, wanted, strict=True):
+        assert torch.equal(p, w)
+
+
+def test_a_gradient_is_added_in_place_and_gathered_where_it_is_not():
+    # Catches: autograd putting tensors of its own in the place of the views; a missing gradient read as another's.
+    ours = parameters()
+    flat = zero_gradient(ours)
+    for _ in range(2):
+        sum((i + 1) * p.sum() for i, p in enumerate(ours)).backward()
+    assert flat_gradient(ours).data_ptr() == flat.data_ptr()
+    assert [v.unique().tolist() for v in views_of(flat, ours)] == [[2.0], [4.0], [6.0], [8.0]]
+    ours[0].grad, ours[1].grad = torch.full((11, 7), 3.0).t(), None
+    gathered = flat_gradient(ours)
+    assert gathered.data_ptr() != flat.data_ptr()
+    assert [v.unique().tolist() for v in views_of(gathered, ours)] == [[3.0], [0.0], [6.0], [8.0]]
+
+
+def test_a_model_made_on_meta_gets_flat_weights_and_computes_the_same():
+    # Catches: a view of the wrong place for a parameter.
+    wanted = random_model()
+    with torch.device("meta"):
+        model = Transformer(wanted.config)
+    allocate(model, device="cpu", dtype=torch.float32)
+    model.load_state_dict(wanted.state_dict())
+    assert model.head_weight_VE.untyped_storage().data_ptr() == model.model.norm.weight.untyped_storage().data_ptr()
+    tokens_BT = random_tokens(2, 7)
+    assert torch.equal(model(tokens_BT), wanted(tokens_BT))
+
+
+def test_the_norm_is_that_of_all_numbers():
+    # Catches: the norm taken in bf16, or in float32 over pieces of a million; a last piece left out.
+    flat = torch.randn(2**22 + 77, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert norm(flat) == pytest.approx(math.sqrt(flat.double().square().sum().item()), rel=1e-9)
+    flat[-1] = math.nan
+    assert math.isnan(norm(flat))
