@@ -14,10 +14,10 @@ import sys
 
 import torch
 
-from data_types import Question
 from generate import seeded_generator
 from grpo import rollout, update_policy
 from harness.run import Run
+from harness.tasks import make_question
 from optimizer import AdamW
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
@@ -70,11 +70,6 @@ def main(argv: list[str] | None = None) -> int:
             run.log_step(step, questions, episodes, stats)  # and saves a checkpoint when one is due
         evaluate(training.max_steps)
     return run.exit_code
-
-
-def make_question(task, problem: dict, tokenizer: Tokenizer) -> Question:
-    prompt = task.render_prompt(problem, tokenizer)
-    return Question(prompt, tokenizer.encode(prompt), problem)
 
 
 def draw_problems(problems, step: int, *, count: int, seed: int) -> list[dict]:

@@ -4,6 +4,7 @@ Everything here leans on things that are not PyTorch's public face, each for a m
 """
 
 import ctypes
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,19 @@ def prepare_process() -> None:
     if hasattr(libc, "mallopt"):  # glibc
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+
+
+def warn_of_slow_dtype(dtype: torch.dtype) -> str:
+    """What to say where this CPU has no instructions for bf16 and emulates it; else nothing."""
+    if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ""
+    slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+    return f"this CPU has no instructions for bfloat16 and multiplies {slower:.0f} times slower in it; set model.dtype=float32"
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(256, 256, dtype=dtype)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from harness.metrics import evaluation_metrics, pick_samples, smells, step_metri
 from harness.plan import GIB, find_shape, make_plan
 from harness.tasks import guard_reward, load_task
 from optimizer import AdamW
+from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
@@ -124,6 +125,8 @@ class Run:
             self._find_place(load_config(own_config), config)
         if config.model.device == "cpu":
             cpu.prepare_process()
+            if warning := cpu.warn_of_slow_dtype(getattr(torch, config.model.dtype)):
+                say(f"warning: {warning}")
         self.config, self.task = config, load_task(config.task)
         self._ask_for_what_is_missing()
         self.reward = guard_reward(
@@ -173,6 +176,7 @@ class Run:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{self.source}: the tokenizer has {tokenizer.vocab_size} entries, the model only "
                              f"{model.config.vocab_size} rows; they belong to different models")
+        self._check_what_it_was_made_for(tokenizer)
         longest, limit = max(len(q.prompt_token_ids) for q in held_out), model.config.max_position_embeddings
         if longest + config.training.max_gen_len > limit:
             raise ValueError(f"a prompt of {longest} tokens and training.max_gen_len={config.training.max_gen_len} exceed the "
@@ -191,6 +195,18 @@ class Run:
         self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
         say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
             f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps")
+
+    def _check_what_it_was_made_for(self, tokenizer: Tokenizer) -> None:
+        """The small base model knows the prompt that warm_start.py taught it, and nothing else."""
+        path = self.source / "made_for.json"
+        if not path.exists():
+            return
+        made_for = read_json(path)
+        if made_for.get("task") != self.config.task:
+            say(f"warning: {self.source} was made for task={made_for.get('task')} and knows nothing of {self.config.task}")
+        elif tokenizer.encode(self.task.render_prompt(made_for["problem"], tokenizer)) != made_for["prompt_token_ids"]:
+            raise ValueError(f"{self.source} was made for another prompt or tokenizer; make it anew: remove it, then "
+                             f"uv run warm_start.py --out {self.source}")
 
     def _write_config(self) -> None:
         """Aside first: a run can always be resumed by its config."""

@@ -39,9 +39,9 @@ ALLOWED = {
     "harness.plan": {"harness.config", "harness.cpu", "generate", "grpo", "optimizer", "qwen2_model"},
     "harness.run": {
         "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics", "harness.plan",
-        "harness.tasks", "data_types", "flat", "grpo", "optimizer", "qwen2_model", "tokenizer",
+        "harness.tasks", "data_types", "flat", "grpo", "optimizer", "qwen2_model", "tokenizer", "published_format"
     },
-    "train": {"data_types", "generate", "grpo", "harness.run", "optimizer", "qwen2_model", "tokenizer"},
+    "train": {"generate", "grpo", "harness.run", "harness.tasks", "optimizer", "qwen2_model", "tokenizer"},
     "evaluate": {
         "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics",
         "harness.tasks", "data_types", "generate", "grpo", "qwen2_model", "tokenizer",

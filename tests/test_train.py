@@ -25,6 +25,7 @@ from harness import checkpoint, run
 from qwen2_model import Transformer
 from tests import letters_task
 from tests.helpers import sign
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -101,7 +102,7 @@ for line in sys.stdin:
 def processes(tmp_path_factory):
     """Starts train.py as a process of its own, one at a time; importing torch once for all of them saves seconds each."""
     tasks = tmp_path_factory.mktemp("tasks")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tasks}", "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tasks}", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:  # fmt: skip
         assert server.stdout.readline() == "ready\n"
@@ -254,14 +255,16 @@ def test_a_task_that_fails_in_step_3_costs_that_step(name, spoil, call, message,
 
 # Catches: the check of the directory left out (the run ends well and says that a removed checkpoint is the model);
 # config.yaml not written with the checkpoint (there is no run to resume).
-@pytest.mark.parametrize("step", [3, 6])
-def test_a_directory_removed_under_the_run_is_made_again_for_the_weights(step, base_model, tmp_path, monkeypatch, capsys):
-    arguments = command(tmp_path / "run", base_model)
-    plant_reward(monkeypatch, lambda reward: shutil.rmtree(tmp_path / "run") or reward, step=step)
+@pytest.mark.parametrize(("step", "call"), [(4, 2 * HELD_OUT + 3 * ANSWERS + 7), (6, 2 * HELD_OUT + 6 * ANSWERS + 3)])
+def test_a_directory_removed_under_the_run_is_made_again_for_the_weights(step, call, base_model, tmp_path, monkeypatch, capsys):
+    arguments, plain = command(tmp_path / "run", base_model), letters_task.reward_function
+    planted = Planted(plain, lambda reward: shutil.rmtree(tmp_path / "run") or reward, [call])  # in a step; in the last evaluation
+    monkeypatch.setattr(letters_task, "reward_function", planted)
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert "was removed or replaced" in error
     assert f"step-{step:06d} is saved" in error
+    monkeypatch.setattr(letters_task, "reward_function", plain)
     assert train.main([*arguments, "--resume"]) == 0
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(step + 1, 7))
 
@@ -769,3 +772,30 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     assert "set training.micro_batch_tokens=" in capsys.readouterr().err
     assert train.main(["--config", str(ROOT / "config.yaml"), "--plan", "model.memory_gib=23"]) == 2
     assert "set optimizer.offload=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "code", "message"), [
+    ({"prompt_token_ids": [1]}, 2, "made for another prompt or tokenizer; make it anew: remove it, then uv run warm_start.py"),
+    ({"task": "sums"}, 0, "was made for task=sums and knows nothing of tests.letters_task"),
+    ({}, 0, ""),
+], ids=["prompt", "task", "neither"])  # fmt: skip
+def test_a_base_model_made_for_something_else_is_noticed(change, code, message, base_model, tmp_path, capsys):
+    # Catches: `!= made_for["prompt_token_ids"]` -> `== …`; the two messages exchanged.
+    model = shutil.copytree(base_model, tmp_path / "model")
+    problem = {"numbers": [3, 5, 7], "target": 22}
+    tokenizer = Tokenizer.from_pretrained(model)
+    ids = tokenizer.encode(letters_task.render_prompt(problem, tokenizer))
+    (model / "made_for.json").write_text(
+        json.dumps({"task": "tests.letters_task", "problem": problem, "prompt_token_ids": ids} | change)
+    )
+    assert train.main(command(tmp_path / "run", model, "training.max_steps=1")) == code
+    output = "".join(capsys.readouterr())
+    assert message in output
+    assert message or "made for" not in output
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_emulated_bf16_is_warned_of(supported, base_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1", "model.dtype=bfloat16")) == 0
+    assert ("times slower in it; set model.dtype=float32" in capsys.readouterr().out) is not supported

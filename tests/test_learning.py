@@ -1,0 +1,48 @@
+"""GRPO as a whole learns: from the base model that is shipped, a few steps raise the success on questions not trained on."""
+
+from pathlib import Path
+
+import torch
+
+import countdown_task
+from generate import seeded_generator
+from grpo import rollout, update_policy
+from harness.config import load_config
+from harness.metrics import compare_models
+from harness.tasks import make_question
+from optimizer import AdamW
+from qwen2_model import Transformer
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+STEPS, QUESTIONS, ANSWERS, MAX_GEN_LEN = 8, 16, 8, 160
+HELD_OUT, SAMPLES = 96, 4
+
+
+def test_a_few_steps_raise_the_success_on_held_out_questions():
+    # p is exact (Fisher's randomisation test over the questions): a model that is no better passes once in 10^9 runs. Measured:
+    # 24 points more, 54 questions better and 1 worse, p = 1.5e-15. Catches: the advantage's sign turned (grpo.token_loss), a mask
+    # that lets tokens see what follows (packing, `visible_GQC`), an optimizer that stands still or climbs (AdamW._update).
+    data = load_config(ROOT / "config_tiny.yaml").data
+    training, test = countdown_task.load_problems(data)
+    tokenizer = Tokenizer.from_pretrained(ROOT / "models/tiny")
+    model = Transformer.from_pretrained(ROOT / "models/tiny", device="cpu", dtype=torch.float32)
+    optimizer = AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.99))
+
+    def answers(problems, count, generator):
+        questions = [make_question(countdown_task, problem, tokenizer) for problem in problems]
+        return rollout(model, tokenizer, questions, num_answers=count, max_gen_len=MAX_GEN_LEN, temperature=1.0,
+                       reward_function=countdown_task.reward_function, generator=generator)  # fmt: skip
+
+    before = answers(test[:HELD_OUT], SAMPLES, seeded_generator(1, "evaluation"))
+    for step in range(STEPS):
+        problems = [training[i] for i in range(step * QUESTIONS, (step + 1) * QUESTIONS)]
+        stats = update_policy(
+            model, optimizer, answers(problems, ANSWERS, seeded_generator(1, "rollout", step)), max_grad_norm=1.0,
+            skip_unfinished=False, vocab_size=tokenizer.vocab_size, micro_batch_tokens=2048,
+        )  # fmt: skip
+        assert stats.logprob_diff_max < 1e-3, "the trainer scores another policy than the one that sampled"
+    after = answers(test[:HELD_OUT], SAMPLES, seeded_generator(1, "evaluation"))
+    comparison = compare_models(before, after)
+    assert comparison["difference"] > 0.12, comparison
+    assert comparison["p"] < 1e-9, comparison
