@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Question:
@@ -49,8 +51,38 @@ class UpdateStats:
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
 
 
+class Alone:
+    """The processes that share the work of a step, where there is one: each of the three ways in which they meet is the identity.
+
+    harness/parallel.py has several. All of them meet in the same order, and from what was shared all decide alike.
+    """
+
+    rank, size = 0, 1
+
+    def part_of(self, total: int, multiple: int = 1) -> slice:
+        """The own part of `total` things: as many for each process, in multiples, and for the last what is left."""
+        share = -(-total // (self.size * multiple)) * multiple
+        return slice(min(self.rank * share, total), min((self.rank + 1) * share, total))
+
+    def share(self, items: list) -> list:
+        """The items of all processes, in the order of their ranks."""
+        return items
+
+    def reduce_scatter(self, flat: Tensor, part: slice) -> Tensor:
+        """The own part of the sum of everybody's flat tensor, as a view; what lies outside of it is no longer meant."""
+        return flat
+
+    def all_gather(self, flat: Tensor, part: slice) -> None:
+        """Complete a flat tensor, of which each process holds its own part."""
+
+
+ALONE = Alone()
+
+
 class Watch:
     """Looks on while the algorithm works. This one sees nothing; a run's own draws bars, takes times and hears signals."""
+
+    processes: Alone = ALONE  # which share the work that is watched
 
     def part(self, name: str, total: int) -> AbstractContextManager:
         """Entered around a part of the work: "prefill", "decode", "reward", "gradient", "optimizer"; total: what is to be done."""

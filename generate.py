@@ -111,15 +111,23 @@ def generate(
 ) -> list[Sample]:
     """Sample num_answers answers to each prompt; answer j of prompt i is item i * num_answers + j.
 
+    Of several processes (watch.processes) each answers its own part of the prompts, with the random numbers that one would use.
+
     cache_bytes: what the KV cache may take; None: what memory is free. Answers that do not fit wait for others to end.
     Raises ValueError for an empty prompt, one too long for the model, or a budget in which no answer fits.
     """
-    answers = len(prompts) * num_answers
+    # Of each answer, and of one more: see Decoder. The whole table, so that what is drawn does not depend on who draws it.
+    uniforms_AG = torch.rand((len(prompts) * num_answers + 1, sampling.max_gen_len + 1), generator=generator)
+    own = watch.processes.part_of(len(prompts))
+    prompts, answers = prompts[own], (own.stop - own.start) * num_answers
+    if not prompts:
+        return []  # fewer prompts than processes
+    uniforms_AG = uniforms_AG[own.start * num_answers :][: answers + 1]
     slots = count_slots(model, prompts, sampling, answers=answers, cache_bytes=cache_bytes)
     with watch.part("prefill", len(prompts)):
         prefilled = prefill(model, prompts, watch)
     with watch.part("decode", answers):
-        decoder = Decoder(model, prompts, prefilled, sampling, num_answers=num_answers, generator=generator, slots=slots)
+        decoder = Decoder(model, prompts, prefilled, sampling, num_answers=num_answers, uniforms_AG=uniforms_AG, slots=slots)
         while decoder.in_use:
             row_steps = decoder.decode()
             watch.advance(decoder.turn_over(), row_steps=row_steps)
@@ -176,7 +184,7 @@ def prefill(model: Transformer, prompts: list[list[int]], watch: Watch = UNWATCH
 class Decoder:
     """The answers of a rollout, and the slots 0..in_use-1 in which as many of them as fit are decoded."""
 
-    def __init__(self, model, prompts, prefilled, sampling, *, num_answers, generator, slots):
+    def __init__(self, model, prompts, prefilled, sampling, *, num_answers, uniforms_AG, slots):
         device = model.head_weight_VE.device
         answers, G = len(prompts) * num_answers, sampling.max_gen_len
         on_cuda = device.type == "cuda"
@@ -187,7 +195,7 @@ class Decoder:
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.is_stop_V[torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=device)] = True
         # Of each answer, and of one more that is nobody's: it stands in slots that only fill up a multiple, and has ended.
-        self.uniforms_AG = torch.rand((answers + 1, G + 1), generator=generator).to(device)
+        self.uniforms_AG = uniforms_AG.to(device)
         self.ids_AG = torch.zeros((answers + 1, G + 2), dtype=torch.long, device=device)  # the first: the prompt's last token
         self.ids_AG[:-1, 0] = torch.tensor([p[-1] for p in prompts], device=device).repeat_interleave(num_answers)
         self.logprobs_AG, self.entropies_AG = torch.zeros((2, answers + 1, G + 1), device=device)

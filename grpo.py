@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from data_types import UNWATCHED, Episode, Question, Reward, UpdateStats, Watch
-from flat import norm, zero_gradient
+from flat import ALIGNMENT, norm, zero_gradient
 from generate import Sampling, generate, log_probs
-from packing import Row, attend_within, pack_rows
+from packing import Row, attend_within, deal, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -49,14 +49,15 @@ def rollout(
     """Sample num_answers answers to each question and score them (steps 2 and 3 of the algorithm in the README).
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
-    max_gen_len response tokens, whatever its prompt's length. cache_bytes: see generate.
+    max_gen_len response tokens, whatever its prompt's length. cache_bytes: see generate. Of several processes each samples and
+    scores its part of the questions, and all get all episodes.
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
-    prompts = [question.prompt_token_ids for question in questions]
+    prompts, first = [question.prompt_token_ids for question in questions], watch.processes.part_of(len(questions)).start
     samples = generate(model, prompts, sampling, num_answers=num_answers, generator=generator, cache_bytes=cache_bytes, watch=watch)
     episodes = []
     with watch.part("reward", len(samples)):
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(samples, first * num_answers):
             question = questions[i // num_answers]
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
@@ -73,7 +74,7 @@ def rollout(
                 )
             )
             watch.advance(1)
-    return episodes
+    return watch.processes.share(episodes)
 
 
 # ---------------------------------------------------------------- compare
@@ -195,7 +196,11 @@ def update_policy(
     whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage is 0, or a number is not finite;
     broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
+
+    Several processes (watch.processes, those of the optimizer) share the rows, and the sum of their gradients is the gradient.
+    From the whole of it all decide alike; only the optimizer's step is taken in parts.
     """
+    processes = watch.processes
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     advantages = episode_advantages(episodes)
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
@@ -206,24 +211,29 @@ def update_policy(
     if not run:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
 
-    loss, differences, broken = 0.0, [], set()
     gradient = zero_gradient(model.parameters())
-    rows = list(pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens))
-    with watch.part("gradient", sum(len(row.tokens_S) for row in rows)):
-        for row in rows:
-            row = row.to(gradient.device)
+    rows = list(pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens, processes.size))
+    own_rows = deal([len(row.tokens_S) for row in rows], processes.size)[processes.rank]
+    results = []  # of each own row: its number, its loss, how far the trainer's log-probabilities are from the sampler's
+    with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
+        for r in own_rows:
+            row = rows[r].to(gradient.device)
             logprobs_P = response_logprobs(
                 model, row, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
             )  # fmt: skip
             row_loss = token_loss(logprobs_P, row.advantages_P, num_tokens)
             row_loss.backward()
-            loss += row_loss.item()
-            differences.append((logprobs_P.detach() - row.sampler_logprobs_P).abs())
-            if not math.isfinite(row_loss.item()):
-                broken |= set(row.question_ids)
+            results.append((r, row_loss.item(), (logprobs_P.detach() - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
 
-    grad_norm = norm(gradient)
+    loss, differences, broken = 0.0, [], set()
+    for r, row_loss, difference_P in sorted(processes.share(results), key=lambda result: result[0]):
+        loss += row_loss
+        differences.append(difference_P)
+        if not math.isfinite(row_loss):
+            broken |= set(rows[r].question_ids)
+    gradient = processes.reduce_scatter(gradient, processes.part_of(len(gradient), ALIGNMENT))
+    grad_norm = math.hypot(*processes.share([norm(gradient)]))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in run})

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flat import flat_gradient, flat_weights
+from data_types import ALONE, Alone
+from flat import ALIGNMENT, flat_gradient, flat_weights
 
 # Weights updated at a time: bounds the float32 temporaries, which fit into a CPU's cache, and what is in transit when offloaded.
 PIECE = {"cpu": 2**18, "cuda": 2**21}
@@ -28,11 +29,13 @@ class AdamW:
 
     offload: keep moments and low bits in page-locked CPU memory and stream them through the GPU, fetching one piece
     while another is computed; the same arithmetic on the same device. Where the weights are on the CPU it changes nothing.
+    processes: each has the state of its own part of the weights, updates that part by its part of the gradient, and gets the
+    rest from the others (ZeRO stage 1, Rajbhandari et al., arXiv:1910.02054).
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False):
-        self.params = list(params)
+                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False, processes: Alone = ALONE):
+        self.params, self.processes = list(params), processes
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         kinds = {p.dtype for p in self.params}
@@ -42,9 +45,10 @@ class AdamW:
         if kinds == {torch.bfloat16}:
             dtypes["low"] = torch.int16
         weights = flat_weights(self.params)
+        self.part = processes.part_of(len(weights), ALIGNMENT)
         self.offloaded = offload and weights.is_cuda
         home = "cpu" if self.offloaded else weights.device
-        self.state = {name: torch.zeros(len(weights), dtype=dtype, device=home) for name, dtype in dtypes.items()}
+        self.state = {name: torch.zeros(self.part.stop - self.part.start, dtype=dtype, device=home) for name, dtype in dtypes.items()}
         if self.offloaded:
             self.up, self.down = torch.cuda.Stream(weights.device), torch.cuda.Stream(weights.device)
             for tensor in self.state.values():
@@ -56,17 +60,20 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> tuple[float, float]:
-        """Update every weight by its .grad; a missing gradient counts as 0.
+        """Update every weight by its .grad; a missing gradient counts as 0. Of several processes all call it together.
 
         Returns the share of the weights whose stored value changed, and the share that changed as float32.
         """
         self.steps += 1
-        weights, gradient = flat_weights(self.params), flat_gradient(self.params)
+        weights = flat_weights(self.params)
+        own_weights, own_gradient = weights[self.part], flat_gradient(self.params)[self.part]
         size = PIECE[weights.device.type]
-        places = [slice(start, start + size) for start in range(0, len(weights), size)]
+        places = [slice(start, start + size) for start in range(0, len(own_weights), size)]
         changed = torch.zeros(2, device=weights.device)
         for place, state in zip(places, self._on_device(places), strict=True):
-            changed += self._update(weights[place], gradient[place], *state)
+            changed += self._update(own_weights[place], own_gradient[place], *state)
+        self.processes.all_gather(weights, self.part)
+        changed = torch.tensor(self.processes.share([changed.tolist()])).sum(dim=0)
         stored, exact = (changed / sum(p.numel() for p in self.params)).tolist()
         return stored, exact
 
@@ -78,6 +85,7 @@ class AdamW:
                 p.grad.zero_()
 
     def state_dict(self) -> dict:
+        """Of the own part of the weights."""
         return {"steps": self.steps, **self.state}
 
     def load_state_dict(self, saved: dict) -> None:

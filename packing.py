@@ -49,10 +49,11 @@ class Row:
         return replace(self, **moved)
 
 
-def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int) -> Iterator[Row]:
+def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int, multiple: int = 1) -> Iterator[Row]:
     """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.
 
-    A row holds at least one answer, however long. Rows are made about equally long: few large ones, none nearly empty.
+    A row holds at least one answer, however long. Rows are made about equally long: few large ones, none nearly empty, and,
+    where answers are short enough, about a multiple of `multiple`, so that so many processes have as many each.
     """
     order = sorted(range(len(episodes)), key=lambda i: episodes[i].question_id)
     total = 0
@@ -60,7 +61,7 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
         e = episodes[i]
         new_group = previous is None or episodes[previous].question_id != e.question_id
         total += len(e.response_token_ids) + new_group * len(e.prompt_token_ids)
-    limit = total / -(-total // micro_batch_tokens)  # even shares
+    limit = total / (-(-total // (micro_batch_tokens * multiple)) * multiple)  # even shares
     row, size, group = [], 0, None
     for i in order:
         e = episodes[i]
@@ -72,6 +73,16 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
         size, group = size + added, e.question_id
     if row:
         yield _lay_out(row)
+
+
+def deal(sizes: list[int], shares: int) -> list[list[int]]:
+    """Which rows each process gets, in ascending order: the largest first, each to the one with the fewest tokens so far."""
+    dealt, tokens = [[] for _ in range(shares)], [0] * shares
+    for r in sorted(range(len(sizes)), key=lambda r: -sizes[r]):
+        least = tokens.index(min(tokens))
+        dealt[least].append(r)
+        tokens[least] += sizes[r]
+    return [sorted(rows) for rows in dealt]
 
 
 def _lay_out(answers: list[tuple[Episode, float]]) -> Row:

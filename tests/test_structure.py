@@ -21,7 +21,7 @@ ALLOWED = {
     "data_types": set(),
     "flat": set(),
     "published_format": set(),
-    "optimizer": {"flat"},
+    "optimizer": {"data_types", "flat"},
     "qwen2_model": {"flat", "published_format"},
     "tokenizer": {"published_format"},
     "countdown_task": {"data_types", "published_format", "tokenizer"},
