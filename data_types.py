@@ -51,6 +51,14 @@ class UpdateStats:
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
 
 
+class Parting(Exception):
+    """Raised where several processes meet: they cannot go on together, for this reason. Empty where another process tells it."""
+
+    def __init__(self, reason: str, code: int, *, can_meet: bool):
+        super().__init__(reason)
+        self.code, self.can_meet = code, can_meet  # to exit with; whether all are still there, at the same place
+
+
 class Alone:
     """The processes that share the work of a step, where there is one: each of the three ways in which they meet is the identity.
 
@@ -59,20 +67,20 @@ class Alone:
 
     rank, size = 0, 1
 
-    def part_of(self, total: int, multiple: int = 1) -> slice:
-        """The own part of `total` things: as many for each process, in multiples, and for the last what is left."""
+    def parts_of(self, total: int, multiple: int = 1) -> list[slice]:
+        """Everybody's part of `total` things: as many for each process, in multiples, and for the last what is left."""
         share = -(-total // (self.size * multiple)) * multiple
-        return slice(min(self.rank * share, total), min((self.rank + 1) * share, total))
+        return [slice(min(rank * share, total), min((rank + 1) * share, total)) for rank in range(self.size)]
 
     def share(self, items: list) -> list:
         """The items of all processes, in the order of their ranks."""
         return items
 
-    def reduce_scatter(self, flat: Tensor, part: slice) -> Tensor:
-        """The own part of the sum of everybody's flat tensor, as a view; what lies outside of it is no longer meant."""
+    def reduce_scatter(self, flat: Tensor, parts: list[slice]) -> Tensor:
+        """The own part of the sum of everybody's flat tensor, in its place there; what lies beside it has no meaning any more."""
         return flat
 
-    def all_gather(self, flat: Tensor, part: slice) -> None:
+    def all_gather(self, flat: Tensor, parts: list[slice]) -> None:
         """Complete a flat tensor, of which each process holds its own part."""
 
 

@@ -118,7 +118,7 @@ def generate(
     """
     # Of each answer, and of one more: see Decoder. The whole table, so that what is drawn does not depend on who draws it.
     uniforms_AG = torch.rand((len(prompts) * num_answers + 1, sampling.max_gen_len + 1), generator=generator)
-    own = watch.processes.part_of(len(prompts))
+    own = watch.processes.parts_of(len(prompts))[watch.processes.rank]
     prompts, answers = prompts[own], (own.stop - own.start) * num_answers
     if not prompts:
         return []  # fewer prompts than processes

@@ -53,11 +53,11 @@ def rollout(
     scores its part of the questions, and all get all episodes.
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
-    prompts, first = [question.prompt_token_ids for question in questions], watch.processes.part_of(len(questions)).start
+    prompts, processes = [question.prompt_token_ids for question in questions], watch.processes
     samples = generate(model, prompts, sampling, num_answers=num_answers, generator=generator, cache_bytes=cache_bytes, watch=watch)
     episodes = []
     with watch.part("reward", len(samples)):
-        for i, sample in enumerate(samples, first * num_answers):
+        for i, sample in enumerate(samples, processes.parts_of(len(questions))[processes.rank].start * num_answers):
             question = questions[i // num_answers]
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
@@ -74,7 +74,7 @@ def rollout(
                 )
             )
             watch.advance(1)
-    return watch.processes.share(episodes)
+    return processes.share(episodes)
 
 
 # ---------------------------------------------------------------- compare
@@ -232,7 +232,7 @@ def update_policy(
         differences.append(difference_P)
         if not math.isfinite(row_loss):
             broken |= set(rows[r].question_ids)
-    gradient = processes.reduce_scatter(gradient, processes.part_of(len(gradient), ALIGNMENT))
+    gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))
     grad_norm = math.hypot(*processes.share([norm(gradient)]))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)

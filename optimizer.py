@@ -45,10 +45,11 @@ class AdamW:
         if kinds == {torch.bfloat16}:
             dtypes["low"] = torch.int16
         weights = flat_weights(self.params)
-        self.part = processes.part_of(len(weights), ALIGNMENT)
+        self.parts = processes.parts_of(len(weights), ALIGNMENT)
+        self.own = self.parts[processes.rank]
         self.offloaded = offload and weights.is_cuda
         home = "cpu" if self.offloaded else weights.device
-        self.state = {name: torch.zeros(self.part.stop - self.part.start, dtype=dtype, device=home) for name, dtype in dtypes.items()}
+        self.state = {name: torch.zeros(self.own.stop - self.own.start, dtype=dtype, device=home) for name, dtype in dtypes.items()}
         if self.offloaded:
             self.up, self.down = torch.cuda.Stream(weights.device), torch.cuda.Stream(weights.device)
             for tensor in self.state.values():
@@ -66,13 +67,13 @@ class AdamW:
         """
         self.steps += 1
         weights = flat_weights(self.params)
-        own_weights, own_gradient = weights[self.part], flat_gradient(self.params)[self.part]
+        own_weights, own_gradient = weights[self.own], flat_gradient(self.params)[self.own]
         size = PIECE[weights.device.type]
         places = [slice(start, start + size) for start in range(0, len(own_weights), size)]
         changed = torch.zeros(2, device=weights.device)
         for place, state in zip(places, self._on_device(places), strict=True):
             changed += self._update(own_weights[place], own_gradient[place], *state)
-        self.processes.all_gather(weights, self.part)
+        self.processes.all_gather(weights, self.parts)
         changed = torch.tensor(self.processes.share([changed.tolist()])).sum(dim=0)
         stored, exact = (changed / sum(p.numel() for p in self.params)).tolist()
         return stored, exact

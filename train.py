@@ -1,6 +1,6 @@
 """GRPO, the whole loop: draw questions, sample a group of answers to each, score them, learn from how they compare.
 
-    uv run train.py [--config FILE] [--resume | --plan] [key.path=value ...]
+    uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
 
 rollout and update_policy (grpo.py) are the algorithm. Everything else about a run, that it locks its directory, hears
 signals, logs, saves and goes on where it stopped, is the business of `run` (harness/run.py).
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         model = Transformer.from_pretrained(run.source, device=config.model.device, dtype=getattr(torch, config.model.dtype))
         optimizer = AdamW(
             model.parameters(), lr=training.learning_rate, betas=tuple(config.optimizer.betas), eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay, offload=config.optimizer.offload,
+            weight_decay=config.optimizer.weight_decay, offload=config.optimizer.offload, processes=run.processes,
         )  # fmt: skip
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]

@@ -12,13 +12,16 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from data_types import ALONE, Alone
+from flat import ALIGNMENT
 from harness.console import say
 from optimizer import AdamW
 from published_format import read_json, read_tensors, write_tensors
@@ -26,6 +29,7 @@ from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 ASIDE = ".partial-"
+# Of several processes each writes its part, optimizer-00001-of-00002.tensors and so on.
 OPTIMIZER = "optimizer.tensors"  # in the safetensors format; vLLM takes every *.safetensors of a directory for weights
 PLACE, COMPLETE = "trainer.json", "complete.json"
 SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside the tensors
@@ -97,33 +101,72 @@ def save_checkpoint(
 
     Raises NotSaved if it cannot be written; then earlier checkpoints are untouched and nothing half-written stays.
     """
+    processes, first = optimizer.processes, optimizer.processes.rank == 0
+    own_file = state_files(processes.size)[processes.rank]
     final, aside = checkpoint_path(directory, place.step), directory / f"{ASIDE}{place.step:06d}"
     state = optimizer.state_dict()
     place.optimizer_steps = state.pop("steps")
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        needed = sum(t.nbytes for t in (*model.parameters(), *state.values())) + SLACK_BYTES
-        free = shutil.disk_usage(directory).free
-        if needed > free:
-            raise OSError(f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower training.keep_checkpoints")
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_tensors(aside / OPTIMIZER, state)
-        (aside / PLACE).write_text(place.model_dump_json() + "\n", encoding="utf-8")
-        (aside / COMPLETE).write_text(json.dumps({file.name: checksum(file) for file in sorted(aside.iterdir())}) + "\n")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if os.path.lexists(final):
-            _remove(final)
-        aside.rename(final)
-        _sync(directory)
+        with by_all(processes):
+            aside.mkdir(parents=True, exist_ok=True)
+            of_all = processes.size * sum(t.nbytes for t in state.values())
+            needed = sum(t.nbytes for t in model.parameters()) + of_all + SLACK_BYTES
+            free = shutil.disk_usage(directory).free
+            if needed > free:
+                raise OSError(f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower "
+                              "training.keep_checkpoints")
+        with by_all(processes):
+            if first:
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+                (aside / PLACE).write_text(place.model_dump_json() + "\n", encoding="utf-8")
+            write_tensors(aside / own_file, state)
+            _sync(aside / own_file)
+            own_sum = checksum(aside / own_file)
+        sums = dict(processes.share([(own_file, own_sum)]))  # and from here on all files are there
+        with by_all(processes):
+            if first:
+                sums = {file.name: sums.get(file.name) or checksum(file) for file in sorted(aside.iterdir())}
+                (aside / COMPLETE).write_text(json.dumps(sums) + "\n")
+                for path in (*aside.iterdir(), aside):
+                    _sync(path)
+                if os.path.lexists(final):
+                    _remove(final)
+                aside.rename(final)
+                _sync(directory)
     except OSError as error:
         raise NotSaved(f"the checkpoint of step {place.step} could not be written to {directory}: {error}") from None
     finally:
-        _remove(aside)
+        if first:
+            _remove(aside)
     before = [path for path in checkpoints(directory) if int(path.name[5:]) <= place.step]
-    for old in before[:-keep] if keep else ():
+    for old in before[:-keep] if keep and first else ():
         _remove(old)
+
+
+@contextlib.contextmanager
+def by_all(processes: Alone) -> Iterator[None]:
+    """What fails in one process fails in all of them, when all have tried."""
+    fault = None
+    try:
+        yield
+    except OSError as error:
+        fault = error
+    faults = processes.share([str(fault)] if fault else [])
+    if faults:
+        raise fault or OSError(faults[0])
+
+
+def state_files(size: int) -> list[str]:
+    """The files in which so many processes write the optimizer's state."""
+    stem, suffix = OPTIMIZER.split(".")
+    return [OPTIMIZER] if size == 1 else [f"{stem}-{rank:05d}-of-{size:05d}.{suffix}" for rank in range(1, size + 1)]
+
+
+def _state_files_of(names: Iterable[str]) -> list[str]:
+    """Those that a checkpoint with such a file must have."""
+    sizes = [int(found[1]) for name in names if (found := re.fullmatch("optimizer-[0-9]{5}-of-([0-9]{5}).tensors", name))]
+    return state_files(max(sizes, default=1))
 
 
 def checksum(file: Path) -> str:
@@ -164,14 +207,14 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def newest_good(directory: Path) -> tuple[Path, Place, dict[str, Tensor]] | None:
+def newest_good(directory: Path, processes: Alone = ALONE) -> tuple[Path, Place, dict[str, Tensor]] | None:
     """The newest undamaged checkpoint, with the run's place and the optimizer's state; says which it passes over, and why.
 
     None if there is no checkpoint. Raises ValueError if all are damaged.
     """
     for path in reversed(found := checkpoints(directory)):
         try:
-            return path, *read_checkpoint(path)
+            return path, *read_checkpoint(path, processes)
         except (ValueError, OSError) as error:
             say(f"passing over {path}: {error}")
     if found:
@@ -179,8 +222,11 @@ def newest_good(directory: Path) -> tuple[Path, Place, dict[str, Tensor]] | None
     return None
 
 
-def read_checkpoint(path: Path) -> tuple[Place, dict[str, Tensor]]:
-    """Look at all of a checkpoint. Raises ValueError or FileNotFoundError for whatever makes it unfit to go on from."""
+def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[str, Tensor]]:
+    """Look at all of a checkpoint; of the optimizer's state return the own part, however many wrote it.
+
+    Raises ValueError or FileNotFoundError for whatever makes it unfit to go on from.
+    """
     check_files(path)
     try:
         place = Place.model_validate(read_json(path / PLACE, remedy=REMEDY))
@@ -194,13 +240,25 @@ def read_checkpoint(path: Path) -> tuple[Place, dict[str, Tensor]]:
         raise ValueError("it holds no weights")
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
-    return place, read_tensors(path / OPTIMIZER)
+    written = [read_tensors(path / name) for name in _state_files_of(file.name for file in path.iterdir())]
+    if any(state.keys() != written[0].keys() for state in written):
+        raise ValueError("the parts of the optimizer's state do not belong together")
+    return place, {name: _own_part([state[name] for state in written], processes) for name in written[0]}
+
+
+def _own_part(written: list[Tensor], processes: Alone) -> Tensor:
+    """Of a flat tensor that was written in parts. One that was written whole is not copied."""
+    own, pieces, start = processes.parts_of(sum(map(len, written)), ALIGNMENT)[processes.rank], [], 0
+    for tensor in written:
+        pieces.append(tensor[max(own.start - start, 0) : max(own.stop - start, 0)])
+        start += len(tensor)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def check_files(path: Path) -> None:
     """Raises ValueError or FileNotFoundError unless every file has the checksum it was written with."""
     written_sums = read_json(path / COMPLETE, remedy=REMEDY)
-    if lacking := {"config.json", OPTIMIZER, PLACE} - written_sums.keys():
+    if lacking := {"config.json", PLACE, *_state_files_of(written_sums)} - written_sums.keys():
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
     for name, written in written_sums.items():
         if Path(name).name != name:

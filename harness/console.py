@@ -11,7 +11,7 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from tqdm import tqdm
 
-from data_types import Watch
+from data_types import ALONE, Alone, Watch
 
 UNITS = {"prefill": "prompt", "gradient": "token", "optimizer": "step"}
 COLUMNS = {  # column: (metric, format); 80 characters wide in all
@@ -30,8 +30,8 @@ class PhaseWatch(Watch):
     `critical`: from the moment at which the weights begin to change; whoever has noted whose they now are takes it back.
     """
 
-    def __init__(self, phase: str, check: Callable[[], None] = lambda: None):
-        self.phase, self.check = phase, check
+    def __init__(self, phase: str, check: Callable[[], None] = lambda: None, processes: Alone = ALONE):
+        self.phase, self.check, self.processes = phase, check, processes
         self.seconds, self.counts, self.critical = Counter(), Counter(), False
         self._bar = None
 
@@ -39,7 +39,7 @@ class PhaseWatch(Watch):
     def part(self, name: str, total: int) -> Iterator[None]:
         clock, self.critical = time.perf_counter(), self.critical or name == "optimizer"
         title, unit = f"{self.phase}: {name}", UNITS.get(name, "answer")
-        with tqdm(desc=title, total=total, unit=unit, leave=False, disable=None) as self._bar:
+        with tqdm(desc=title, total=total, unit=unit, leave=False, disable=self.processes.rank > 0 or None) as self._bar:
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()

@@ -4,6 +4,7 @@ Weights, gradients and optimizer state are given by the model. The KV cache of t
 update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from generate import free_bytes
 from grpo import LOGIT_CHUNK_BYTES
-from harness.config import Config
+from harness.config import Config, load_config
 from harness.cpu import packs_for_decoding
 from optimizer import IN_TRANSIT, PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config
@@ -23,6 +24,8 @@ RESERVE_BYTES = GIB  # left alone where model.memory_gib does not say what may b
 STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
 CHUNK_BUFFERS = 2.5  # of the loss: a chunk's logits, their log-probabilities and, in the weights' dtype, their gradient
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
+TRANSIT = 2**23  # elements that several processes share at once
+USABLE_GIB = {24: 22.5, 48: 43.5, 80: 78.0}  # of a card that is sold as so many GB
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
 PUBLISHED = {
@@ -54,12 +57,17 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: Config, shape: Qwen2Config) -> Plan:
-    """Raises ValueError naming the settings that would make the run fit, if it does not."""
+def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
+    """What each of so many cards needs, or of so many processes.
+
+    Raises ValueError naming the settings that would make the run fit, if it does not.
+    """
     training, dtype = config.training, getattr(torch, config.model.dtype)
-    budget = config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(config.model.device)
+    questions = -(-training.num_questions_per_batch // cards)  # of a step, of one process
+    answers = questions * (training.batch_size // training.num_questions_per_batch)
+    budget = config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(config.model.device, cards)
     weights = num_weights(shape) * dtype.itemsize
-    state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype)
+    state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype) / cards
     offloaded = config.optimizer.offload and config.model.device == "cuda"
     piece = min(PIECE[config.model.device], num_weights(shape))
     in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
@@ -69,19 +77,21 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
 
     row_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
     prompt_bytes = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS
-    rollout = fixed | {"prompts": prompt_bytes * training.num_questions_per_batch,
-                       "decode step": STEP_BUFFERS * 4 * training.batch_size * shape.vocab_size}  # fmt: skip
+    rollout = fixed | {"prompts": prompt_bytes * questions,
+                       "decode step": STEP_BUFFERS * 4 * answers * shape.vocab_size}  # fmt: skip
     if packs_for_decoding(config.model.device, dtype):
         rollout["weights, packed for decoding"] = weights
-    cache_rows = int(min(training.batch_size, (budget - sum(rollout.values())) // row_bytes))
+    cache_rows = int(min(answers, (budget - sum(rollout.values())) // row_bytes))
     cache_bytes = max(cache_rows, 1) * row_bytes
-    rollout[f"KV cache, {max(cache_rows, 1)} of {training.batch_size} rows at once"] = cache_bytes
-    more_prompts = prompt_bytes * max(0, config.data.test_size - training.num_questions_per_batch)
+    rollout[f"KV cache, {max(cache_rows, 1)} of {answers} rows at once"] = cache_bytes
+    more_prompts = prompt_bytes * max(0, -(-config.data.test_size // cards) - questions)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
     update = fixed | {"gradients": weights,
                       "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[config.model.device],
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
+    if cards > 1:
+        update["pieces in transit to other cards"] = 2 * 4 * min(TRANSIT, num_weights(shape))
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
     heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
     update["attention mask"] = tokens * heads_per_key * (PROMPT_TOKENS + training.max_gen_len) * dtype.itemsize
@@ -99,11 +109,34 @@ def make_plan(config: Config, shape: Qwen2Config) -> Plan:
     return plan
 
 
-def _free_budget(device: str) -> float:
+def largest_that_fit(path: str = "config.yaml") -> str:
+    """A table of the largest Qwen2.5 that trains by a config on so many cards of such a size, in the least micro-batches."""
+    config = load_config(path)
+    least = config.training.max_gen_len + PROMPT_TOKENS
+    lines = ["| cards | optimizer state | " + " | ".join(f"{size} GB each" for size in USABLE_GIB) + " |", "| ---: | --- |"]
+    lines[1] += " ---: |" * len(USABLE_GIB)
+    for cards in (1, 2, 4, 8):
+        for offload in (False, True):
+            cells = [_largest([f"model.memory_gib={usable}", f"optimizer.offload={str(offload).lower()}",
+                               f"training.micro_batch_tokens={least}"], path, cards) for usable in USABLE_GIB.values()]
+            lines.append(f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _largest(overrides: list[str], path: str, cards: int) -> str:
+    config, fitting = load_config(path, overrides), "none"
+    for size in PUBLISHED:  # in ascending order
+        with contextlib.suppress(ValueError):
+            make_plan(config, find_shape(f"Qwen2.5-{size}"), cards=cards)
+            fitting = size
+    return fitting
+
+
+def _free_budget(device: str, cards: int) -> float:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("model.memory_gib=null stands for what is free on the card, but no CUDA device is here; "
                          "say what the card has, for example model.memory_gib=43.5")
-    return free_bytes(torch.device(device)) - RESERVE_BYTES
+    return (free_bytes(torch.device(device)) - RESERVE_BYTES) / (cards if device == "cpu" else 1)  # they share this machine's
 
 
 def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int) -> float:

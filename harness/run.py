@@ -8,6 +8,7 @@ A checkpoint stands between a step and the evaluation that follows it.
 import argparse
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,23 +17,25 @@ from statistics import median
 
 import torch
 
-from data_types import Episode, Question, UpdateStats
+from data_types import ALONE, Episode, Parting, Question, UpdateStats
 from flat import flat_weights, norm
 from grpo import episode_advantages
 from harness import console, cpu
 from harness.checkpoint import (
     NotSaved,
     Place,
+    by_all,
     checkpoint_path,
     is_held,
     lock_directory,
     newest_good,
+    read_checkpoint,
     remove_half_written,
     save_checkpoint,
 )
 from harness.config import Config, as_yaml, load_config
 from harness.console import say
-from harness.logs import RunLog
+from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from harness.plan import GIB, find_shape, make_plan
 from harness.tasks import guard_reward, load_task
@@ -88,6 +91,14 @@ class Run:
         self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
         self.closing = contextlib.ExitStack()
         self.log = None  # from begin() on
+        self.processes, self.launched = ALONE, "WORLD_SIZE" in os.environ
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from harness.parallel import Processes  # which brings torch.distributed with it
+
+            self.processes = Processes()
+            self.closing.callback(self.processes.close)
+            if self.processes.rank > 0:
+                self.closing.enter_context(contextlib.redirect_stdout(self.closing.enter_context(open(os.devnull, "w"))))
         return self
 
     # ------------------------------------------------------------ the start
@@ -102,22 +113,32 @@ class Run:
         parser.add_argument("--config", default="config.yaml", help="YAML file with the hyperparameters (default: config.yaml)")
         either = parser.add_mutually_exclusive_group()
         either.add_argument("--resume", action="store_true", help="go on with the run in output_dir, by its own config")
-        either.add_argument("--plan", action="store_true", help="print the memory that the run would need, and end")
+        either.add_argument("--plan", nargs="?", const=os.environ.get("WORLD_SIZE", "1"), metavar="CARDS",
+                            help="print the memory that the run would need on each of so many cards (default: 1), and end")
         parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example training.learning_rate=5e-6")
         arguments = parser.parse_intermixed_args(argv)
         overrides = arguments.overrides
+        if arguments.plan and "=" in arguments.plan:  # not the number of cards, which may be left out
+            overrides, arguments.plan = [arguments.plan, *overrides], os.environ.get("WORLD_SIZE", "1")
+        if arguments.plan and not (arguments.plan.isdecimal() and int(arguments.plan) > 0):
+            raise ValueError(f"--plan {arguments.plan}: wanted the number of cards, for example --plan 4")
         named = [override for override in overrides if override.startswith("output_dir=")]  # the rest is for the run's own config
         config = load_config(arguments.config, named if arguments.resume else overrides)
         if arguments.plan:
-            say(make_plan(config, find_shape(config.model.path)).table())
+            say(make_plan(config, find_shape(config.model.path), cards=int(arguments.plan)).table())
             raise Finished
         self.directory = Path(config.output_dir)
         self.checkpoints, own_config = self.directory / "checkpoints", self.directory / "config.yaml"
-        self.lock = self.closing.enter_context(lock_directory(self.directory))
-        if own_config.exists() and not arguments.resume:
+        if self.processes.rank == 0:  # for all of them
+            self.lock = self.closing.enter_context(lock_directory(self.directory))
+        found = any(self.processes.share([self.processes.rank == 0 and own_config.exists()]))
+        if found and not arguments.resume:
             raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
-        if arguments.resume and not own_config.exists():
-            raise FileNotFoundError(f"output_dir={self.directory} holds no run to resume; start it without --resume")
+        if arguments.resume and not found:
+            if not self.launched:
+                raise FileNotFoundError(f"output_dir={self.directory} holds no run to resume; start it without --resume")
+            say(f"output_dir={self.directory} holds no run yet: starting one")  # a launcher starts again with the same command
+            arguments.resume, config = False, load_config(arguments.config, overrides)
         self.place, self.saved_state = Place(step=0, optimizer_steps=0, log_sizes={}, config={}), None
         self.source = Path(config.model.path)
         if arguments.resume:
@@ -132,14 +153,19 @@ class Run:
         self.reward = guard_reward(
             self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors
         )
-        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"))
+        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size)
         return config
 
     def _find_place(self, old: Config, new: Config) -> None:
         """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
         self.source = Path(new.model.path)
-        remove_half_written(self.checkpoints)
-        if found := newest_good(self.checkpoints):
+        if first := self.processes.rank == 0:
+            remove_half_written(self.checkpoints)
+        found = newest_good(self.checkpoints, self.processes) if first else None
+        path = next(iter(self.processes.share([found and found[0]] if first else [])))
+        if path and not first:
+            found = path, *read_checkpoint(path, self.processes)
+        if found:
             self.source, self.place, self.saved_state = found
         say(f"resuming from {self.source}" if found else "no checkpoint yet: starting over")
         for key, before, now in _differences(self.place.config or old.model_dump(mode="json"), new.model_dump(mode="json")):
@@ -155,6 +181,9 @@ class Run:
         config, missing, name = self.config, [], self.source.name
         if no_card := config.model.device == "cuda" and not torch.cuda.is_available():
             missing.append("model.device=cuda, but no CUDA device is here")
+        elif config.model.device == "cuda" and (count := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
+            missing.append(f"{count} processes were started here, but there are {torch.cuda.device_count()} CUDA devices; lower "
+                           "--nproc-per-node")
         if not self.source.exists():
             published = name.startswith("Qwen2.5-")
             missing.append(f"model.path={self.source} does not exist; " + (
@@ -186,15 +215,18 @@ class Run:
             self.saved_state = None
         self.first, self.last = self.place.step, config.training.max_steps
         self.place.config = config.model_dump(mode="json")
-        self._write_config()
-        self.log = RunLog(self.directory, self.place.log_sizes)
+        first = self.processes.rank == 0
+        if first:
+            self._write_config()
+        self.log = RunLog(self.directory, self.place.log_sizes) if first else NoLog()
         self.closing.callback(self.log.close)
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.saved_step, self.skipped_in_a_row = self.first, 0
         self.watches: dict[str, console.PhaseWatch] = {}  # of each phase, the latest
         self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
         say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
-            f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps")
+            f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps"
+            + (f", {self.processes.size} processes" if self.processes.size > 1 else ""))
 
     def _check_what_it_was_made_for(self, tokenizer: Tokenizer) -> None:
         """The small base model knows the prompt that warm_start.py taught it, and nothing else."""
@@ -226,14 +258,19 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[console.PhaseWatch]:
         """A rollout, an update or an evaluation: its time, its peak of memory, and the moments at which a signal is heard."""
-        device, watch = self.config.model.device, console.PhaseWatch(name, self.signals.check)
+        device, watch = self.config.model.device, console.PhaseWatch(name, self._check, self.processes)
         self.watches[name], self.phase_name = watch, name
         console.reset_peak(device)
         clock = time.perf_counter()
-        samples = name != "update"
-        with cpu.packed_for_decoding(self.model, self.config.training.batch_size) if samples else contextlib.nullcontext():
+        samples, rows = name != "update", -(-self.config.training.batch_size // self.processes.size)
+        with cpu.packed_for_decoding(self.model, rows) if samples else contextlib.nullcontext():
             yield watch
         watch.seconds["all"], watch.peak_bytes = time.perf_counter() - clock, console.peak_bytes(device)
+
+    def _check(self) -> None:
+        self.signals.check()
+        if self.processes.size > 1:
+            self.processes.check()
 
     def log_step(self, step: int, questions: list[Question], episodes: list[Episode], stats: UpdateStats) -> None:
         """Write and show what a step computed and cost; save a checkpoint when one is due. Raises Stopped."""
@@ -248,14 +285,16 @@ class Run:
         self.log.write("metrics.jsonl", metrics)
         for sample in pick_samples(episodes, episode_advantages(episodes), [q.prompt for q in questions]):
             self.log.write("samples.jsonl", {"step": step} | sample)
+        row_steps = sum(self.processes.share([rollout.counts["row_steps"]]))
+        tokens_run = sum(self.processes.share([update.counts["tokens_run"]]))
         seconds, tokens = rollout.seconds["all"] + update.seconds["all"], sum(len(e.response_token_ids) for e in episodes)
         self.log.write("timings.jsonl", {
             "step": step, "seconds": seconds,
             **{f"seconds/{part}": (rollout.seconds + update.seconds)[part]
                for part in ("prefill", "decode", "reward", "gradient", "optimizer")},
             "tokens_per_second/rollout": tokens / rollout.seconds["all"],
-            "tokens_per_second/update": update.counts["tokens_run"] / update.seconds["all"],
-            "wasted_row_steps": 1 - tokens / rollout.counts["row_steps"],
+            "tokens_per_second/update": tokens_run / update.seconds["all"],
+            "wasted_row_steps": 1 - tokens / row_steps,
             "memory/rollout": rollout.peak_bytes / GIB, "memory/update": update.peak_bytes / GIB,
         })  # fmt: skip
         say(console.row(metrics | {"seconds": seconds}))
@@ -290,18 +329,20 @@ class Run:
                 say(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned")
 
     def _check_directory(self) -> None:
-        if not is_held(self.directory, self.lock):
+        if self.processes.rank == 0 and not is_held(self.directory, self.lock):
             raise Stopped(f"{self.directory} was removed or replaced while the run was going")
 
     def _save(self) -> None:
         """After steps that were skipped nothing older is removed: it may be the last from which the numbers stay finite."""
-        if self.directory.exists() and not is_held(self.directory, self.lock):
-            raise NotSaved(f"{self.directory} may belong to another run now")
+        first = self.processes.rank == 0
+        with by_all(self.processes):
+            if first and self.directory.exists() and not is_held(self.directory, self.lock):
+                raise NotSaved(f"{self.directory} may belong to another run now")
         clock, keep = time.perf_counter(), self.config.training.keep_checkpoints
         save_checkpoint(self.checkpoints, self.model, self.tokenizer, self.optimizer, self.place,
                         keep=None if self.skipped_in_a_row else keep)
         self.saved_step = self.place.step
-        if not (self.directory / "config.yaml").exists():  # the directory was removed, and has just been made again
+        if first and not (self.directory / "config.yaml").exists():  # the directory was removed, and has just been made again
             self._write_config()
         self.log.write("timings.jsonl", {"step": self.place.step, "seconds/checkpoint": time.perf_counter() - clock})
 
@@ -310,16 +351,35 @@ class Run:
     def __exit__(self, kind, error, traceback) -> bool:
         """Save what is good, close all, and turn what happened into a message and an exit code."""
         message, self.exit_code = self._explain(error)
+        foreseen = self.exit_code != UNFORESEEN  # else Python shows where it came up
         with self.closing:
+            parting = self._tell_the_others(error, message) if self.processes.size > 1 else None
+            if parting is not None:
+                message, self.exit_code = str(parting), parting.code
             if self.log is not None:
-                message += self._outcome() if error is None else self._save_what_is_good(error)
-        console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
-        return self.exit_code != UNFORESEEN
+                lost = parting is not None and not parting.can_meet
+                message += self._outcome() if error is parting is None else self._save_what_is_good(error, lost=lost)
+        if self.processes.rank == 0 or (parting is not None and not parting.can_meet and str(parting)):
+            console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
+        return foreseen
+
+    def _tell_the_others(self, error: BaseException | None, message: str) -> Parting | None:
+        """All processes end for one reason, and all wait for the last to come to its end. None: there was nothing wrong."""
+        try:
+            if error is None:
+                self.processes.share([])
+            elif not isinstance(error, Parting):
+                self.processes.leave(message or ("" if isinstance(error, Finished) else f"error: {error!r}"), self.exit_code)
+        except Parting as parting:
+            error = parting
+        return error
 
     def _explain(self, error: BaseException | None) -> tuple[str, int]:
         """What to say, and the exit code."""
         if error is None or isinstance(error, Finished):
             return "", 0
+        if isinstance(error, Parting):
+            return str(error), error.code
         if isinstance(error, Interrupted):
             return "interrupted", 128 + self.signals.received
         if isinstance(error, ValueError) or (isinstance(error, OSError) and self.log is None):
@@ -331,18 +391,21 @@ class Run:
             return f"error: {error}", 1
         return "", UNFORESEEN
 
-    def _save_what_is_good(self, error: BaseException) -> str:
-        """Whatever ended the run, the steps since the last checkpoint are not lost if their weights are good."""
+    def _save_what_is_good(self, error: BaseException | None, *, lost: bool) -> str:
+        """Whatever ended the run, the steps since the last checkpoint are not lost if their weights are good.
+
+        lost: not all processes are there any more, and none has the whole of the optimizer's state.
+        """
         whole = "update" not in self.watches or not self.watches["update"].critical
         unsaved = self.place.step > self.saved_step or (self.saved_step and not self._saved().is_dir())
-        lost = f"\nthe steps after {self.saved_step} are lost" if unsaved else ""
-        if unsaved and whole and not isinstance(error, NotSaved):
+        text = f"\nthe steps after {self.saved_step} are lost" if unsaved else ""
+        if not lost and all(self.processes.share([bool(unsaved) and whole and not isinstance(error, NotSaved)])):
             try:
                 self._save()
-                lost = ""
+                text = ""
             except OSError as failure:
-                lost += f": {failure}"
-        return lost + (f"\n{self._saved()} is saved; go on with the same command and --resume" if self._saved().is_dir() else "")
+                text += f": {failure}"
+        return text + (f"\n{self._saved()} is saved; go on with the same command and --resume" if self._saved().is_dir() else "")
 
     def _saved(self) -> Path:
         return checkpoint_path(self.checkpoints, self.saved_step)

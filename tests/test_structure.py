@@ -30,16 +30,18 @@ ALLOWED = {
     "grpo": {"data_types", "flat", "generate", "packing", "qwen2_model", "tokenizer"},
     "harness": set(),
     "harness.console": {"data_types"},
-    "harness.checkpoint": {"harness.console", "optimizer", "published_format", "qwen2_model", "tokenizer"},
+    "harness.checkpoint": {"harness.console", "data_types", "flat", "optimizer", "published_format", "qwen2_model", "tokenizer"},
     "harness.cpu": {"qwen2_model"},
     "harness.logs": set(),
+    "harness.parallel": {"data_types", "harness.plan"},
     "harness.metrics": {"data_types"},
     "harness.tasks": {"data_types", "tokenizer"},
     "harness.config": {"harness.tasks", "published_format"},
     "harness.plan": {"harness.config", "harness.cpu", "generate", "grpo", "optimizer", "qwen2_model"},
     "harness.run": {
-        "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics", "harness.plan",
-        "harness.tasks", "data_types", "flat", "grpo", "optimizer", "qwen2_model", "tokenizer", "published_format"
+        "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics",
+        "harness.parallel", "harness.plan", "harness.tasks", "data_types", "flat", "grpo", "optimizer", "qwen2_model",
+        "published_format", "tokenizer",
     },
     "train": {"generate", "grpo", "harness.run", "harness.tasks", "optimizer", "qwen2_model", "tokenizer"},
     "evaluate": {
