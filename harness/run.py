@@ -412,6 +412,8 @@ class Run:
 
     def _outcome(self) -> str:
         evaluations = [record for record in self.log.read("metrics.jsonl") if "eval/success" in record]
+        if not evaluations:  # a process that does not write
+            return ""
         return (f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"
                 f"{self._saved()} is the trained model, in the published format")
 
