@@ -115,6 +115,7 @@ def score(config: Config, directories: list[Path], *, samples: int, json_path: s
         raise FileNotFoundError(f"--json {json_path}: there is no directory {Path(json_path).parent}; make it first")
     task = load_task(config.task)
     _, problems = task.load_problems(config.data)
+    reward_function = guarded_reward(config, task)
     answers = []
     for directory in directories:
         model, tokenizer = load_model(config, directory)
@@ -122,7 +123,7 @@ def score(config: Config, directories: list[Path], *, samples: int, json_path: s
         with cpu.packed_for_decoding(model, len(questions) * samples):
             answers.append(rollout(
                 model, tokenizer, questions, num_answers=samples, max_gen_len=config.training.max_gen_len, temperature=1.0,
-                reward_function=guarded_reward(config, task), generator=seeded_generator(config.training.seed, "evaluation"),
+                reward_function=reward_function, generator=seeded_generator(config.training.seed, "evaluation"),
                 watch=PhaseWatch(str(directory)),
             ))  # fmt: skip
     kinds = [getattr(task, "problem_kind", lambda problem: "")(problem) for problem in problems]
@@ -174,7 +175,7 @@ def ask(config: Config, directory: Path, text: str) -> None:
     task = load_task(config.task)
     if not hasattr(task, "parse_question"):
         raise ValueError(f"--ask: task={config.task} has no parse_question(text) -> problem; add that function to the task's file")
-    problem = task.parse_question(text)
+    problem, reward_function = task.parse_question(text), guarded_reward(config, task)
     model, tokenizer = load_model(config, directory)
     question = make_question(task, problem, tokenizer)
     room = model.config.max_position_embeddings - len(question.prompt_token_ids)
@@ -193,7 +194,7 @@ def ask(config: Config, directory: Path, text: str) -> None:
     is_finished = ids[-1] in tokenizer.stop_ids
     answer = tokenizer.decode(ids[:-1] if is_finished else ids)
     print(printable(answer[shown:]))
-    reward = guarded_reward(config, task)(answer, **problem)
+    reward = reward_function(answer, **problem)
     cut_off = "" if is_finished else f"; cut off after {len(ids)} tokens (training.max_gen_len)"
     print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
 

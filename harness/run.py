@@ -38,7 +38,7 @@ from harness.console import say
 from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from harness.plan import GIB, find_shape, make_plan
-from harness.tasks import guard_reward, load_task
+from harness.tasks import guard_reward, load_problems, load_task
 from optimizer import AdamW
 from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
@@ -151,8 +151,9 @@ class Run:
         self.config, self.task = config, load_task(config.task)
         self._ask_for_what_is_missing()
         self.reward = guard_reward(
-            self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors
-        )
+            self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors,
+            closes=[self.lock] if self.processes.rank == 0 else [],
+        )  # fmt: skip
         self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size)
         return config
 
@@ -191,7 +192,7 @@ class Run:
                 "name a directory with a model, or make a small one: uv run warm_start.py"
             ))  # fmt: skip
         try:
-            self.problems = self.task.load_problems(config.data)
+            self.problems = load_problems(self.task, config.data)
         except FileNotFoundError as error:
             missing.append(str(error))
         if no_card or "hf download" in "".join(missing):

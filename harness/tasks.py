@@ -9,29 +9,63 @@ A task is a module with three functions, found by the name in the config (`task:
 """
 
 import importlib
+import inspect
+import io
+import json
+import math
+import os
+import resource
 import signal
+import sys
 import traceback
-from collections.abc import Callable
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from data_types import Question, Reward
+from harness.logs import printable
 from tokenizer import Tokenizer
 
 FUNCTIONS = ("load_problems", "render_prompt", "reward_function")
+MAX_REWARD = 1e6  # beyond, a number is a fault of the task
+MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may ask for
 
 
 def load_task(name: str) -> ModuleType:
-    """Import a task by its module name, dots allowed. Raises ValueError if it is not there or lacks a function."""
+    """Import a task by its module name, dots allowed. Raises ValueError if it is not there, fails or lacks a function."""
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"task={name!r} is not a module name; write countdown_task for the file countdown_task.py")
     try:
         task = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"task={name!r}: {error}; it must be a Python file in this directory, without the .py") from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"task={name!r}: {error}; it must be a Python file in this directory, without the .py") from None
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"task={name!r} is there, but its import fails with {reason:.300} ({place[0]}:{place[1]})") from None
     if missing := [f for f in FUNCTIONS if not callable(getattr(task, f, None))]:
         raise ValueError(f"task={name!r} lacks {', '.join(missing)}; harness/tasks.py says what each does")
     return task
+
+
+def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The task's training and held-out problems. Raises ValueError if there are none, or its reward function cannot take them."""
+    train, test = task.load_problems(data)
+    for kind, problems in (("training", train), ("held-out", test)):
+        if not len(problems):
+            raise ValueError(f"task={task.__name__!r} leaves no {kind} problems; give it more data, or change data.test_size")
+        try:
+            inspect.signature(task.reward_function).bind("the response", **problems[0])
+        except TypeError as error:
+            raise ValueError(f"task={task.__name__!r}: reward_function cannot be called with a response and the keys of the {kind} "
+                             f"problem {problems[0]!r:.300} ({error}); let it take each key by its name") from None
+    return train, test
 
 
 def make_question(task: ModuleType, problem: dict, tokenizer: Tokenizer) -> Question:
@@ -39,60 +73,162 @@ def make_question(task: ModuleType, problem: dict, tokenizer: Tokenizer) -> Ques
     return Question(prompt, tokenizer.encode(prompt), problem)
 
 
-class _TimeUp(BaseException):
-    """Not an Exception, so that a task's `except Exception` does not swallow it."""
+# ---------------------------------------------------------------- rewards
 
 
-def guard_reward(reward_function: Callable[..., Reward], *, timeout: float, errors: str) -> Callable[..., Reward]:
-    """The reward function, cut off after `timeout` seconds an answer.
+def guard_reward(
+    reward_function: Callable[..., Reward], *, timeout: float, errors: str, closes: Iterable[int] = ()
+) -> Callable[..., Reward]:  # fmt: skip
+    """The reward function in a process of its own, replaced when it takes over `timeout` seconds for an answer.
 
-    If it raises, hangs, or returns what is no Reward: errors="zero" scores the answer 0 with a part "error";
-    errors="stop" raises ValueError naming the question, the answer and the line. A total that is not finite passes:
-    the update refuses it and names the question.
+    Called before there are weights, threads and a CUDA context, of which the process would keep copies; closes: open files
+    that it is not to keep open. If the function raises, hangs, ends its process, or returns what is no Reward:
+    errors="zero" scores the answer 0 with a part "error"; errors="stop" raises ValueError naming the question, the answer
+    and the line. A total that is not finite passes: the update refuses it and names the question.
     """
+    worker = _Worker(reward_function, closes)
 
-    def guarded(response: str, **problem) -> Reward:
-        try:
-            with _time_limit(timeout):
-                reward = reward_function(response, **problem)
-            if not isinstance(reward, Reward) or not isinstance(reward.parts, dict):
-                raise TypeError(f"it returned {reward!r}, not a Reward with its parts")
-            if not all(isinstance(number, int | float) for number in (reward.total, *reward.parts.values())):
-                raise TypeError(f"it returned {reward!r}, in which something is no number")
-            return reward
-        except (Exception, _TimeUp) as error:
-            if errors == "zero":
-                return Reward(0.0, {"error": 1.0})
-            where = _line_in_task(reward_function, error)
-            what = f"took over {timeout} s" if isinstance(error, _TimeUp) else f"raised {error!r}"
-            raise ValueError(f"the reward function {what} ({where}) on the question {problem!r:.300} "
-                             f"and the answer {response!r:.300}; mend it, or count such answers as 0 with "
-                             "training.reward_errors=zero") from None
+    def guarded(response: str, /, **problem) -> Reward:
+        outcome = worker.score(response, problem, timeout)
+        if isinstance(outcome, Reward):
+            return outcome
+        if errors == "zero":
+            return Reward(0.0, {"error": 1.0})
+        raise ValueError(f"the reward function {outcome} on the question {problem!r:.300} and the answer {response!r:.300}; mend "
+                         "it, or count such answers as 0 with training.reward_errors=zero")
 
     return guarded
 
 
-def _line_in_task(reward_function: Callable, error: BaseException) -> str:
-    """file:line at which the task's own code was when the error came up."""
-    code = getattr(reward_function, "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if code is None or frame.filename == code.co_filename]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else f"{code.co_filename}:{code.co_firstlineno}"
+class _Worker:
+    """The process in which a reward function runs, whatever that does: hang in C, exit, fork, eat memory, change its problem.
+
+    It is the child of a keeper, which is forked at the start and does nothing but replace it: in the middle of a run a fork
+    would copy all that the run holds by then, and a fresh interpreter would import torch again (2 s, 150 MB). Both end with
+    the run, however it ends: the keeper waits at a pipe whose other end only the run holds. What comes from the worker is
+    JSON, which cannot run code here.
+    """
+
+    def __init__(self, reward_function: Callable[..., Reward], closes: Iterable[int]):
+        self._place = _line_in_task(reward_function)
+        self._keeper, keeper_side = Pipe()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # or the child would have the text too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads: those of numpy, which stand idle
+            _fork(_keep, keeper_side, self._keeper, closes, reward_function)
+        keeper_side.close()
+        self._pipe = Connection(recv_handle(self._keeper))
+
+    def score(self, response: str, problem: dict, timeout: float) -> Reward | str:
+        """What the function returned, or what went wrong."""
+        fault = None
+        try:
+            self._pipe.send((response, problem))
+            if self._pipe.poll(timeout):
+                reply = json.loads(self._pipe.recv_bytes())
+                return reply if isinstance(reply, str) else Reward(*reply)
+            fault = f"took over {timeout} s"
+        except (EOFError, OSError):
+            pass  # it is gone
+        except Exception as error:  # whatever it is in the problem that cannot be pickled
+            return f"cannot be sent its problem: {error!r:.300}"
+        try:
+            self._keeper.send_bytes(b"another")
+            code = self._keeper.recv()
+            self._pipe = Connection(recv_handle(self._keeper))
+        except (EOFError, OSError):
+            raise ChildProcessError("the process that keeps the reward function's process was killed") from None
+        return f"{fault or f'ended its process with code {code}'} ({self._place})"
 
 
-@contextmanager
-def _time_limit(seconds: float):
-    """Interrupt Python code of the main thread after so many seconds."""
+def _keep(run: Connection, run_side: Connection, closes: Iterable[int], reward_function: Callable[..., Reward]) -> None:
+    """Start a worker, and another in its place each time the run asks; end it when the run has ended."""
+    os.setsid()  # away from the terminal's signals
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: None)  # a program that the task starts would inherit SIG_IGN
+    run_side.close()
+    for descriptor in closes:
+        os.close(descriptor)
+    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
+    _limit_memory()
+    while True:
+        worker_side, run_side = Pipe()
+        worker = _fork(_serve, worker_side, (run, run_side), reward_function)
+        try:
+            os.setpgid(worker, worker)  # what it starts ends with it
+            send_handle(run, run_side.fileno(), None)
+            worker_side.close()
+            run_side.close()
+            run.recv_bytes()  # EOFError ends us
+        finally:
+            os.killpg(worker, signal.SIGKILL)
+        run.send(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
 
-    def ring(signum, frame):
-        raise _TimeUp
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _serve(run: Connection, others: Iterable[Connection], reward_function: Callable[..., Reward]) -> None:
+    for end in others:
+        end.close()
+    own = os.getpid()
+    while True:
+        response, problem = run.recv()
+        try:
+            reply = _plain(reward_function(response, **problem))
+        except BaseException as error:
+            reply = f"raised {printable(repr(error))[:300]} ({_line_in_task(reward_function, error)})"
+        if os.getpid() != own:
+            return  # the task forked, and this is the copy
+        run.send_bytes(json.dumps(reply).encode())
+
+
+def _fork(function: Callable[..., None], *arguments) -> int:
+    """The process that runs the function, and then nothing more of this program."""
+    if child := os.fork():
+        return child
     try:
-        yield
+        function(*arguments)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, previous)
+        os._exit(0)
 
 
+def _limit_memory() -> None:
+    """Whoever asks for too much gets a MemoryError, before the kernel looks for a process to kill."""
+    if sys.platform == "linux":
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = held + MAX_MEMORY if hard == resource.RLIM_INFINITY else min(held + MAX_MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+class _Printable(io.TextIOBase):
+    """What a task prints is often a model's text: shown at once, without what would steer the terminal."""
+
+    def __init__(self, stream: io.TextIOBase):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        self._stream.flush()
+        return len(text)
+
+
+def _plain(reward: Reward) -> tuple[float, dict[str, float]]:
+    """A reward as numbers that JSON can hold; whatever adds to a float is one, numpy's included, and a text is not."""
+    if not isinstance(reward, Reward) or not isinstance(reward.parts, dict):
+        raise TypeError(f"it returned {reward!r}, not a Reward with its parts")
+    try:
+        total, *parts = (float(number + 0.0) for number in (reward.total, *reward.parts.values()))
+    except TypeError:
+        raise TypeError(f"it returned {reward!r}, in which something is no number") from None
+    if any(MAX_REWARD < abs(number) < math.inf for number in (total, *parts)):
+        raise ValueError(f"it returned {reward!r}; no number may be beyond {MAX_REWARD:g}")
+    return total, dict(zip(reward.parts, parts, strict=True))
+
+
+def _line_in_task(reward_function: Callable, error: BaseException | None = None) -> str:
+    """file:line at which the task's own code was when the error came up; without one, where the function begins."""
+    code = getattr(reward_function, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    if own := [frame for frame in frames if code is None or frame.filename == code.co_filename]:
+        return f"{own[-1].filename}:{own[-1].lineno}"
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else printable(repr(reward_function))
