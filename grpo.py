@@ -112,13 +112,13 @@ def episode_advantages(episodes: list[Episode]) -> list[float]:
 # ---------------------------------------------------------------- the loss
 
 
-def token_loss(logprobs_P: Tensor, advantages_P: Tensor, num_tokens: int) -> Tensor:
+def token_loss(logprobs_P: Tensor, row: Row, num_tokens: int) -> Tensor:
     """- sum_p A_p log π(token_p) / num_tokens: what these response tokens add to the batch's loss, nats per token.
 
-    advantages_P: of the answer that each token belongs to. num_tokens: all kept response tokens of the batch, however it
-    is cut into rows, so that every token of it weighs the same (DAPO, arXiv:2503.14476, eq. 8).
+    row: holds the advantage of the answer that each token belongs to. num_tokens: all kept response tokens of the batch,
+    however it is cut into rows, so that every token of it weighs the same (DAPO, arXiv:2503.14476, eq. 8).
     """
-    return -(advantages_P * logprobs_P).sum() / num_tokens
+    return -(row.advantages_P * logprobs_P).sum() / num_tokens
 
 
 def response_logprobs(
@@ -221,7 +221,7 @@ def update_policy(
             logprobs_P = response_logprobs(
                 model, row, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
             )  # fmt: skip
-            row_loss = token_loss(logprobs_P, row.advantages_P, num_tokens)
+            row_loss = token_loss(logprobs_P, row, num_tokens)
             row_loss.backward()
             results.append((r, row_loss.item(), (logprobs_P.detach() - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import countdown_task
 from data_types import Episode, Reward
 from flat import allocate, zero_gradient
-from grpo import response_logprobs, token_loss
+from grpo import response_logprobs
 from harness import cpu
 from harness.config import load_config
 from packing import pack_rows
@@ -245,7 +245,7 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
         zero_gradient(model.parameters())
         for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
             logprobs_P = response_logprobs(model, row, temperature=1.0, vocab_size=tokenizer.vocab_size)
-            row_loss = token_loss(logprobs_P, row.advantages_P, num_tokens)
+            row_loss = -logprobs_P.sum() / num_tokens
             row_loss.backward()
             loss += row_loss.item()
         left = 1 - step / steps

@@ -5,6 +5,7 @@ import random
 import statistics
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,7 +334,7 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
 def test_the_loss_by_hand():
     # Catches: the sign; a mean instead of the sum over num_tokens, which would weigh rows by their own length.
     logprobs_P, advantages_P = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0.5, 0.5, -1.0])
-    assert token_loss(logprobs_P, advantages_P, 10) == pytest.approx(-(-0.5 - 1.0 + 4.0) / 10)
+    assert token_loss(logprobs_P, SimpleNamespace(advantages_P=advantages_P), 10) == pytest.approx(-(-0.5 - 1.0 + 4.0) / 10)
 
 
 class Head:
