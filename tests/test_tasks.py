@@ -1,15 +1,23 @@
 """Finding a task by name, and surviving its reward function."""
 
 import math
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import countdown_task
 from data_types import Question, Reward
-from harness.tasks import guard_reward, load_task, make_question
+from harness.tasks import guard_reward, load_problems, load_task, make_question
+
+ROOT = Path(__file__).parent.parent
 
 PROBLEM = {"numbers": [3, 5, 7], "target": 22}
 
@@ -70,6 +78,59 @@ def test_what_a_task_cannot_import_is_named(tmp_path, monkeypatch):
     write_module(tmp_path, "task_with_a_dependency", "import a_package_that_is_not_installed\n" + COMPLETE)
     with pytest.raises(ValueError, match=r"task='task_with_a_dependency'.*a_package_that_is_not_installed"):
         load_task("task_with_a_dependency")
+
+
+# Catches: "it must be a Python file in this directory" for whatever goes wrong in an import.
+@pytest.mark.parametrize(
+    ("name", "line", "reason"),
+    [
+        ("missing", "import a_package_that_is_not_installed", "No module named 'a_package_that_is_not_installed'"),
+        ("absent", "from json import no_such_name", "cannot import name 'no_such_name'"),
+        ("unwritten", "def f(:", "SyntaxError"),
+        ("undefined", "print(no_such_name)", "NameError"),
+        ("leaving", "raise SystemExit(0)", "SystemExit"),
+    ],
+)
+def test_a_task_that_is_there_and_fails_is_told_where(tmp_path, monkeypatch, name, line, reason):
+    monkeypatch.syspath_prepend(tmp_path)
+    write_module(tmp_path, f"task_{name}", f"import math\n{line}\n{COMPLETE}")
+    with pytest.raises(ValueError, match=f"task='task_{name}'") as caught:
+        load_task(f"task_{name}")
+    assert reason in str(caught.value)
+    assert f"({tmp_path}/task_{name}.py:2)" in str(caught.value)
+    assert "in this directory" not in str(caught.value)
+
+
+def one_key(response, key):
+    return Reward(1.0, {})
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "reward_function", "wanted"),
+    [
+        ([], [{"key": 1}], one_key, ["leaves no training problems"]),
+        ([{"key": 1}], [], one_key, ["leaves no held-out problems"]),
+        ([{"key": 1, "response": "x"}], [{"key": 1}], one_key, ["'response': 'x'", "multiple values for argument 'response'"]),
+        ([{"key": 1}], [{"other": 1}], one_key, ["held-out problem {'other': 1}", "'key'"]),
+        ([{3: 1}], [{"key": 1}], one_key, ["training problem {3: 1}", "must be strings"]),
+        (["key"], [{"key": 1}], one_key, ["training problem 'key'", "mapping"]),
+    ],
+)
+def test_problems_that_cannot_be_used_are_named_at_the_start(train, test, reward_function, wanted):
+    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: (train, test), reward_function=reward_function)
+    with pytest.raises(ValueError, match="task='some_task'") as caught:
+        load_problems(task, None)
+    assert [part for part in wanted if part not in str(caught.value)] == []
+
+
+def test_any_key_will_do_that_the_reward_function_takes():
+    def reward_function(response, /, **problem):
+        return Reward(float(problem == expected), {})
+
+    expected = {"response": 1, "self": 2, "problem": 3, "timeout": 4, "args": 5}
+    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: ([expected], [expected]), reward_function=reward_function)
+    assert load_problems(task, None) == ([expected], [expected])
+    assert guard_reward(reward_function, timeout=5.0, errors="stop")("an answer", **expected) == Reward(1.0, {})
 
 
 def test_a_question_is_what_the_task_renders():
@@ -143,24 +204,103 @@ def takes_other_keywords(response, question):
     return Reward(1.0, {})
 
 
-HANGING = [sleeps, loops, loops_and_swallows, sleeps_and_swallows, matches_for_ever]
-FAILING = [raises, recurses, returns_a_number, returns_nothing, returns_a_text_as_total, takes_other_keywords]
+def loops_and_swallows_all(response, **problem):
+    end = time.monotonic() + FOR_EVER
+    while time.monotonic() < end:
+        try:
+            loops(response)
+        except BaseException:
+            continue
+    return Reward(1.0, {})
 
 
-def test_a_reward_passes_through_untouched():
-    seen = []
+def blocks_signals(response, **problem):
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+    return sleeps(response)
 
+
+def sums_in_c(response, **problem):
+    return Reward(float(sum(range(10**9)) > 0), {})
+
+
+def stops_its_process(response, **problem):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def exits(response, **problem):
+    sys.exit(0)
+
+
+def exits_at_once(response, **problem):
+    os._exit(0)
+
+
+def asks_to_stop(response, **problem):
+    raise KeyboardInterrupt
+
+
+def crashes(response, **problem):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def kills_its_group(response, **problem):
+    os.killpg(0, signal.SIGKILL)
+
+
+def eats_memory(response, **problem):
+    return Reward(float(len([bytes(10**9) for _ in range(6)])), {})  # of zeros, which the kernel does not lay out
+
+
+def returns_too_much(response, **problem):
+    return Reward(1e300, {})
+
+
+def returns_a_part_too_much(response, **problem):
+    return Reward(1.0, {"answer": -1e7})
+
+
+def returns_a_huge_integer(response, **problem):
+    return Reward(10**400, {})
+
+
+def returns_no_text_as_a_parts_name(response, **problem):
+    return Reward(1.0, {("answer",): 1.0})
+
+
+HANGING = [sleeps, loops, loops_and_swallows, sleeps_and_swallows, matches_for_ever, loops_and_swallows_all, blocks_signals,
+           sums_in_c, stops_its_process]  # fmt: skip
+ENDING = [exits_at_once, crashes, kills_its_group]
+FAILING = [
+    raises, recurses, returns_a_number, returns_nothing, returns_a_text_as_total, takes_other_keywords, exits, asks_to_stop,
+    eats_memory, returns_too_much, returns_a_part_too_much, returns_a_huge_integer, returns_no_text_as_a_parts_name, *ENDING,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("errors", ["stop", "zero"])
+@pytest.mark.parametrize("reward", [
+    Reward(1.1, {"format": 1.0}), Reward(1, {}), Reward(-math.inf, {}), Reward(math.nan, {"answer": math.nan}), Reward(1e6, {}),
+    Reward(True, {"answer": False}),
+], ids=repr)  # fmt: skip
+def test_a_reward_passes_through_untouched(reward, errors, tmp_path):
     def reward_function(response, **problem):
-        seen.append((response, problem))
-        return expected
+        (tmp_path / "seen").write_text(repr((response, problem)))
+        return reward
 
-    for expected in (Reward(1.1, {"format": 1.0}), Reward(1, {}), Reward(-math.inf, {}), Reward(math.nan, {})):
-        for errors in ("stop", "zero"):
-            assert guard_reward(reward_function, timeout=5.0, errors=errors)("an answer", **PROBLEM) is expected
-    assert seen == [("an answer", PROBLEM)] * 8
+    returned = guard_reward(reward_function, timeout=5.0, errors=errors)("an answer", **PROBLEM)
+    assert [returned.total, *returned.parts.values()] == pytest.approx([reward.total, *reward.parts.values()], rel=0, nan_ok=True)
+    assert returned.parts.keys() == reward.parts.keys()
+    assert (tmp_path / "seen").read_text() == repr(("an answer", PROBLEM))
 
 
-# Catches: _TimeUp made an Exception; the timer not started; Exception left out of the except.
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1), np.bool_(True), np.float32(np.nan)], ids=repr)
+def test_a_number_of_numpy_is_a_number(number):
+    # Catches: isinstance(number, int | float), which np.float32 is not.
+    reward = guard_reward(lambda response: Reward(number, {"answer": number}), timeout=5.0, errors="stop")("an answer")
+    assert type(reward.total) is type(reward.parts["answer"]) is float
+    assert [reward.total, reward.parts["answer"]] == pytest.approx([float(number)] * 2, rel=0, nan_ok=True)
+
+
+# Catches: the worker not killed at the timeout; the keeper's `finally` left out; Exception for BaseException in _serve.
 @pytest.mark.parametrize("reward_function", HANGING + FAILING)
 def test_a_failing_reward_counts_zero_where_errors_are_zero(reward_function):
     start = time.perf_counter()
@@ -181,9 +321,20 @@ def test_a_failing_reward_ends_the_run_where_errors_stop_it(reward_function):
     assert str(PROBLEM) in message
     assert "'an answer'" in message
     assert "training.reward_errors=zero" in message
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
     if reward_function in HANGING:
         assert "took over 0.1 s" in message
+    if reward_function in ENDING:
+        assert "ended its process with code" in message
+
+
+@pytest.mark.parametrize("reward_function", [sleeps, crashes, raises])
+def test_after_a_failure_the_next_answer_is_scored_as_ever(reward_function):
+    # Catches: the pipe of the worker that was killed used on, which gives an answer the reward of another.
+    guarded = guard_reward(
+        lambda response, **problem: Reward(float(response), {}) if response else reward_function(response), timeout=0.5, errors="zero"
+    )  # fmt: skip
+    assert [guarded(text, **PROBLEM).total for text in ("3", "", "5", "", "7")] == [3.0, 0.0, 5.0, 0.0, 7.0]
 
 
 def test_the_line_that_raised_is_named():
@@ -198,30 +349,129 @@ def test_a_long_answer_does_not_flood_the_message():
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_wish_to_stop_is_no_error(stop):
-    def reward_function(response, **problem):
-        raise stop
+def test_a_problem_that_the_task_changes_is_whole_for_the_next_answer():
+    def reward_function(response, numbers, target):
+        numbers.append(len(numbers))
+        return Reward(float(len(numbers)), {})
 
-    with pytest.raises(stop):
-        guard_reward(reward_function, timeout=5.0, errors="zero")("an answer", **PROBLEM)
+    problem = {"numbers": [3, 5, 7], "target": 22}
+    guarded = guard_reward(reward_function, timeout=5.0, errors="stop")
+    assert [guarded("an answer", **problem).total for _ in range(3)] == [4.0] * 3
+    assert problem == {"numbers": [3, 5, 7], "target": 22}
 
 
-# Catches: setitimer(…, 0.0) or the restoring of the handler left out of _time_limit.
-@pytest.mark.parametrize("reward_function", [raises, sleeps, lambda response, **problem: Reward(1.0, {})])
-def test_nothing_of_the_alarm_is_left_behind(reward_function):
-    def handler(signum, frame):
-        raise AssertionError("an alarm of the guard rang after it had returned")
+def test_a_problem_that_cannot_be_sent_is_named():
+    with pytest.raises(ValueError, match="cannot be sent its problem.*pickle") as caught:
+        guard_reward(one_key, timeout=5.0, errors="stop")("an answer", key=lambda: 3)
+    assert "'an answer'" in str(caught.value)
 
-    previous = signal.signal(signal.SIGALRM, handler)
+
+def test_a_copy_that_the_task_forks_scores_nothing():
+    # Catches: the comparison of process ids in _serve; each answer would have its reward twice.
+    def reward_function(response, number):
+        os.fork()
+        return Reward(number, {})
+
+    guarded = guard_reward(reward_function, timeout=5.0, errors="stop")
+    assert [guarded("an answer", number=i).total for i in range(20)] == list(range(20))
+
+
+def test_what_a_task_prints_is_shown_at_once_and_steers_no_terminal(capfd):
+    def reward_function(response):
+        print(f"scoring\n{response}")
+        os._exit(0)
+
+    assert guard_reward(reward_function, timeout=5.0, errors="zero")("\x1b[2Jan answer") == Reward(0.0, {"error": 1.0})
+    assert capfd.readouterr().out == "scoring\n\\x1b[2Jan answer\n"
+
+
+# ---------------------------------------------------------------- the process
+
+SCRIPT = """
+import os, signal, sys, time
+from data_types import Reward
+from harness.tasks import guard_reward
+
+def reward_function(response):
+    print(os.getpid(), os.getppid(), flush=True)
+    for signum in ({signals}):
+        os.kill(os.getpid(), signum)
+        os.kill(os.getppid(), signum)
+    {act}
+    return Reward(1.0, {{}})
+
+lock = os.open("/", os.O_RDONLY)
+score = guard_reward(reward_function, timeout=100.0, errors="stop", closes=[lock])
+print(score("an answer").total, flush=True)
+time.sleep(100)
+"""
+
+
+def is_running(pid: int) -> bool:
     try:
-        guard_reward(reward_function, timeout=0.05, errors="zero")("an answer", **PROBLEM)
-        assert signal.getsignal(signal.SIGALRM) is handler
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-        time.sleep(0.06)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, previous)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition) -> bool:
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+# Catches: the run's end of the keeper's pipe left open in the keeper; setsid left out (the group's SIGKILL).
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("act", ["", "sum(range(10**11))"], ids=["idle", "hung"])
+def test_the_worker_ends_when_the_run_does(act, end):
+    script = SCRIPT.format(signals="", act=act)
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL,
+                          start_new_session=True) as run:  # fmt: skip
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        if not act:
+            assert run.stdout.readline() == "1.0\n"
+        assert all(map(is_running, pids))
+        os.killpg(run.pid, end)
+    assert wait_for(lambda: not any(map(is_running, pids)))
+
+
+def test_neither_process_ends_by_what_a_terminal_sends_nor_holds_what_it_is_told_to_close():
+    script = SCRIPT.format(signals="signal.SIGINT, signal.SIGHUP, signal.SIGTERM",
+                           act="print(sorted(os.readlink(f'/proc/self/fd/{i}') for i in os.listdir('/proc/self/fd') if i != '3')[:1])")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        run.stdout.readline()
+        assert run.stdout.readline() == "1.0\n"
+        assert all(map(is_running, pids))
+        assert not [fd for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd) == "/"]
+        assert [fd for fd in Path(f"/proc/{run.pid}/fd").iterdir() if os.readlink(fd) == "/"]
+        run.kill()
+
+
+def test_what_the_task_started_ends_with_its_worker(tmp_path):
+    def reward_function(response):
+        child = subprocess.Popen(["sleep", "100"])
+        (tmp_path / "pid").write_text(str(child.pid))
+        return sleeps(response)
+
+    assert guard_reward(reward_function, timeout=0.5, errors="zero")("an answer").parts == {"error": 1.0}
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not is_running(pid))
+
+
+def test_a_keeper_that_was_killed_is_said():
+    guarded = guard_reward(lambda response: os.kill(os.getppid(), signal.SIGKILL) or sleeps(response), timeout=0.2, errors="zero")
+    with pytest.raises(ChildProcessError, match="was killed"):
+        guarded("an answer")
+
+
+def test_the_process_is_small_before_the_guard_and_gone_after_it():
+    guarded = guard_reward(lambda response: Reward(os.getpid() / 1e5, {}), timeout=5.0, errors="stop")
+    pid = round(guarded("an answer").total * 1e5)
+    assert is_running(pid)
+    del guarded
+    assert wait_for(lambda: not is_running(pid))
 
 
 def test_each_answer_has_its_own_time():
