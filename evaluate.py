@@ -1,8 +1,8 @@
 """Score models on the held-out questions, ask one a question, and look at the samples of a run.
 
-    uv run evaluate.py MODEL [MODEL2] [--samples K] [--json FILE] [--config FILE] [key.path=value ...]
+    uv run evaluate.py MODEL [MODEL2] [--samples K] [--temperature T] [--json FILE] [--config FILE] [key.path=value ...]
     uv run evaluate.py MODEL --ask "3 5 7 = 22"
-    uv run evaluate.py RUN --show
+    uv run evaluate.py RUN --show [--step N] [--kind best|worst|longest]
 
 MODEL is a model directory as published, a checkpoint, or a run, which stands for its newest checkpoint. A run and its
 checkpoints bring their own config; for anything else it is config.yaml, unless --config names another.
@@ -27,12 +27,13 @@ from harness import cpu
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
 from harness.console import PhaseWatch
-from harness.logs import printable
+from harness.logs import SampleLine, printable, read_log
 from harness.metrics import compare_models, model_summary
 from harness.tasks import guard_reward, load_task, make_question
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
+GREEDY = 1e-6  # a temperature at which the likeliest token has all of the probability
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
 
 
@@ -42,9 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; changes to the config")
     parser.add_argument("--config", help="YAML file with the task and its questions (default: that of the run, or config.yaml)")
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling; 0: always the likeliest token")
     parser.add_argument("--json", metavar="FILE", help="write every answer and its outcome there")
     parser.add_argument("--ask", metavar="QUESTION", help="let the model answer it; another training.seed, another answer")
     parser.add_argument("--show", action="store_true", help="print the samples of a run; green: positive advantage, red: negative")
+    parser.add_argument("--step", type=int, metavar="N", help="with --show: the samples of this step alone")
+    parser.add_argument("--kind", choices=["best", "worst", "longest"], help="with --show: the samples of this kind alone")
     arguments = parser.parse_intermixed_args(argv)
     overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
     paths = [a for a in arguments.models if a not in overrides]
@@ -52,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         alone = arguments.ask is not None or arguments.show
         if alone and (arguments.json or arguments.samples != 1):
             raise ValueError("--samples and --json belong to the held-out questions; leave them out with --ask or --show")
+        if not 0 <= arguments.temperature < math.inf:
+            raise ValueError(f"--temperature {arguments.temperature}: wanted 0 or more")
         if not 1 <= len(paths) <= (1 if alone else 2):
             wanted = "one for --ask or --show" if alone else "one, or two to compare"
             raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
         if arguments.show:
-            show_samples(Path(paths[0]))
+            show_samples(Path(paths[0]), step=arguments.step, kind=arguments.kind)
             return 0
         located = [locate_model(path) for path in paths]
         own_configs = [config for _, config in located if config]
@@ -67,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
-            ask(config, directories[0], arguments.ask)
+            ask(config, directories[0], arguments.ask, temperature=arguments.temperature)
         else:
-            score(config, directories, samples=arguments.samples, json_path=arguments.json)
+            score(config, directories, samples=arguments.samples, temperature=arguments.temperature, json_path=arguments.json)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,7 +113,7 @@ def guarded_reward(config: Config, task: ModuleType) -> Callable[..., Reward]:
 # ---------------------------------------------------------------- held-out questions
 
 
-def score(config: Config, directories: list[Path], *, samples: int, json_path: str | None) -> None:
+def score(config: Config, directories: list[Path], *, samples: int, temperature: float, json_path: str | None) -> None:
     """Print a table of the models, each answering with the random numbers of train.py's evaluations."""
     if samples < 1:
         raise ValueError(f"--samples {samples}: wanted at least 1")
@@ -122,21 +128,24 @@ def score(config: Config, directories: list[Path], *, samples: int, json_path: s
         questions = [make_question(task, problem, tokenizer) for problem in problems]
         with cpu.packed_for_decoding(model, len(questions) * samples):
             answers.append(rollout(
-                model, tokenizer, questions, num_answers=samples, max_gen_len=config.training.max_gen_len, temperature=1.0,
-                reward_function=reward_function, generator=seeded_generator(config.training.seed, "evaluation"),
+                model, tokenizer, questions, num_answers=samples, max_gen_len=config.training.max_gen_len,
+                temperature=max(temperature, GREEDY), reward_function=reward_function,
+                generator=seeded_generator(config.training.seed, "evaluation"),
                 watch=PhaseWatch(str(directory)),
             ))  # fmt: skip
     kinds = [getattr(task, "problem_kind", lambda problem: "")(problem) for problem in problems]
     summaries = [{"model": str(d), **model_summary(episodes, kinds)} for d, episodes in zip(directories, answers, strict=True)]
     comparison = compare_models(*answers) if len(answers) == 2 else None
-    print(f"{len(problems)} held-out questions of {config.data.path}, answers to each: {samples}\n{table(summaries)}")
+    how = f"at temperature {temperature:g}" if temperature else "greedy"
+    print(f"{config.task}: {len(problems)} held-out questions of {config.data.path}, answers to each: {samples}, {how}\n"
+          f"{table(summaries)}")
     if comparison:
         print("difference {difference:+.1%}: better on {questions_better} questions, worse on {questions_worse}, "
               "p = {p:.2g} (exact paired test)".format(**comparison))
     if json_path:
         for summary, episodes in zip(summaries, answers, strict=True):
             summary["answers"] = [answer_record(episode, problems) for episode in episodes]
-        report = {"models": summaries, "comparison": comparison}
+        report = {"task": config.task, "temperature": temperature, "models": summaries, "comparison": comparison}
         Path(json_path).write_text(json.dumps(report, default=str) + "\n", encoding="utf-8")
 
 
@@ -170,7 +179,7 @@ def answer_record(episode: Episode, problems: list[dict]) -> dict:
 # ---------------------------------------------------------------- one question, and the samples of a run
 
 
-def ask(config: Config, directory: Path, text: str) -> None:
+def ask(config: Config, directory: Path, text: str, *, temperature: float) -> None:
     """Print the model's answer to a question token by token, then what the task makes of it."""
     task = load_task(config.task)
     if not hasattr(task, "parse_question"):
@@ -181,7 +190,7 @@ def ask(config: Config, directory: Path, text: str) -> None:
     room = model.config.max_position_embeddings - len(question.prompt_token_ids)
     if room < config.training.max_gen_len:
         raise ValueError(f"--ask: the question leaves room for {room} tokens; shorten it, or add training.max_gen_len={room}")
-    sampling = Sampling(config.training.max_gen_len, 1.0, tokenizer.vocab_size, tokenizer.stop_ids)
+    sampling = Sampling(config.training.max_gen_len, max(temperature, GREEDY), tokenizer.vocab_size, tokenizer.stop_ids)
     uniforms_G = torch.rand(sampling.max_gen_len, generator=seeded_generator(config.training.seed, "ask"))
     print(question.prompt.rpartition("\n")[2], end="", flush=True)
     ids, shown = [], 0
@@ -204,25 +213,28 @@ def whole_characters(text: str) -> str:
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def describe(reward: float, parts: dict[str, float]) -> str:
-    return f"reward {reward:g} (" + ", ".join(f"{name} {value:g}" for name, value in parts.items()) + ")"
+def describe(reward: float | None, parts: dict[str, float | None]) -> str:
+    """None stands for a number that is not finite."""
+    reward, *values = (math.nan if value is None else value for value in (reward, *parts.values()))
+    return f"reward {reward:g} (" + ", ".join(f"{name} {value:g}" for name, value in zip(parts, values, strict=True)) + ")"
 
 
-def show_samples(run: Path) -> None:
-    path = run / "samples.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"{run} holds no samples.jsonl; --show wants the directory of a run, for example runs/tiny")
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    with open(path, encoding="utf-8") as lines:
-        for s in map(json.loads, lines):
-            reward, advantage = (math.nan if s[name] is None else s[name] for name in ("reward", "advantage"))
-            colour = GREEN if advantage > 0 else RED if advantage < 0 else ""
-            parts = {name: math.nan if value is None else value for name, value in s["parts"].items()}
-            head = (f"step {s['step']}, {s['kind']}: {describe(reward, parts)}; advantage {advantage:+.2f}, "
-                    f"{s['length']} tokens{'' if s['finished'] else ', cut off'}")
-            for paint, text in (("", head), (DIM, s["question"]), (colour, s["text"] + "\n")):
-                text = printable(text)
-                print(f"{paint}{text}\033[0m" if coloured and paint else text)
+def show_samples(run: Path, *, step: int | None, kind: str | None) -> None:
+    """Print a run's samples, each question once where several follow it."""
+    coloured, shown = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), None
+    for sample in read_log(run / "samples.jsonl", SampleLine):
+        if step not in (None, sample.step) or kind not in (None, sample.kind):
+            continue
+        advantage = math.nan if sample.advantage is None else sample.advantage
+        colour = GREEN if advantage > 0 else RED if advantage < 0 else ""
+        head = (f"step {sample.step}, {sample.kind}: {describe(sample.reward, sample.parts)}; advantage {advantage:+.2f}, "
+                f"{sample.length} tokens{'' if sample.finished else ', cut off'}")
+        for paint, text in (("", head), (DIM, sample.question if sample.question != shown else ""), (colour, sample.text + "\n")):
+            if text:
+                print(f"{paint}{printable(text)}\033[0m" if coloured and paint else printable(text))
+        shown = sample.question
+    if shown is None:
+        raise ValueError(f"{run} holds no sample of that step and kind")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ docs/metrics.md says what each means. Without --out the picture goes to RUN/curv
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from harness.logs import MetricsLine, read_log
 
 WIDTH, HEIGHT, DOTS_PER_INCH = 9.0, 6.0, 200  # inches; shown 900 pixels wide, sharp on dense screens too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by colour-blind eyes
@@ -45,18 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl. Raises ValueError if there is none, or a line is damaged."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no metrics.jsonl; give the directory of a run, for example runs/tiny")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove it") from None
+    """The records of a run's metrics.jsonl. Raises ValueError or FileNotFoundError if there is none, or a line is damaged."""
+    records = [line.model_dump() for line in read_log(run / "metrics.jsonl", MetricsLine)]
     if not records:
-        raise ValueError(f"{path} is empty; wait for the first step")
+        raise ValueError(f"{run / 'metrics.jsonl'} is empty; wait for the first step")
     return records
 
 

@@ -13,8 +13,16 @@ import shutil
 import textwrap
 import time
 from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness.console import say
+from published_format import MAX_DATA_BYTES, parse_json, read_text
 
 FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
+Step = Annotated[int, Field(ge=0, le=10**12)]
+Line = TypeVar("Line", bound=BaseModel)
 PAGE_COLUMNS = 110  # TensorBoard does not wrap what is set in a fixed width
 
 
@@ -123,6 +131,50 @@ class _Board:
     def _write(self, **content) -> None:
         self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
         self._records.flush()
+
+
+class MetricsLine(BaseModel):
+    """A line of metrics.jsonl or timings.jsonl: numbers by name; None stands for one that was not finite."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    step: Step
+    skipped: str = ""
+    skipped_questions: list[int] = []
+
+
+class SampleLine(BaseModel):
+    """A line of samples.jsonl."""
+
+    step: Step
+    kind: str
+    question: str
+    text: str
+    reward: float | None
+    parts: dict[str, float | None]
+    advantage: float | None
+    length: Step
+    finished: bool
+
+
+def read_log(path: Path, kind: type[Line]) -> list[Line]:
+    """The lines of a run's log. A torn last one, as a crash leaves it, is passed over.
+
+    Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
+    """
+    *lines, torn = read_text(path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES).split("\n")
+    if torn:
+        say(f"{path}: passing over the last line, which is torn")
+    read = []
+    for number, line in enumerate(lines, 1):
+        try:
+            read.append(kind.model_validate(parse_json(line, f"{path}, line {number},", remedy="remove the line")))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ValueError(f"{path}, line {number}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; "
+                             "remove the line") from None
+    return read
 
 
 def _finite(value):

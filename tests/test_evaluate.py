@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import evaluate
+import plot
 from data_types import Episode, Reward, UpdateStats
 from harness.metrics import evaluation_metrics, step_metrics
 from tests.helpers import sign
@@ -222,6 +223,60 @@ def test_samples_are_coloured_by_advantage_on_a_terminal_only(tmp_path, monkeypa
     assert capsys.readouterr().out == plain
 
 
+def test_samples_are_chosen_by_step_and_kind_and_a_question_stands_once(tmp_path, capsys):
+    # Catches: `not in (None, sample.step)` -> `in …`; the question printed again for each of its answers.
+    run = tmp_path / "run"
+    write_samples(run)
+    line = (run / "samples.jsonl").read_text().split("\n")[0]
+    (run / "samples.jsonl").write_text(f"{line}\n{line}\n" + line.replace('"step": 7', '"step": 8').replace("best", "worst") + "\n")
+    for arguments, answers in (([], 3), (["--step", "8"], 1), (["--kind", "best"], 2), (["--step", "7", "--kind", "best"], 2)):
+        assert evaluate.main([str(run), "--show", *arguments]) == 0
+        shown = capsys.readouterr().out
+        assert (shown.count("good"), shown.count("What?")) == (answers, 1)
+    assert evaluate.main([str(run), "--show", "--step", "9"]) == 2
+    assert "holds no sample of that step and kind" in capsys.readouterr().err
+
+
+DAMAGED_LINES = {
+    "a list": "[1]", "a number": "1", "null": "null", "no JSON": "{", "no step": "{}", "a step that is a word": '{"step": "x"}',
+    "a step too long": '{"step": 1' + 30 * "0" + "}", "digits without end": '{"step": ' + 5000 * "1" + "}",
+    "a part of a wrong type": '{"step": 1, "parts": [1], "reward": [], "eval/success": "much"}', "too deep": 99999 * "[",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+def test_a_damaged_log_is_named_with_its_line(line, tmp_path, capsys):
+    # Catches: `ValidationError` not caught; json.loads in place of parse_json.
+    for name, main, arguments in (("samples", evaluate.main, ["--show"]), ("metrics", plot.main, [])):
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        assert main([str(tmp_path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path / name}.jsonl, line 1")
+        assert error.count("\n") == 1
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path, capsys):
+    run = tmp_path / "run"
+    write_samples(run)
+    with open(run / "samples.jsonl", "a") as file:
+        file.write('{"step": 8, "ki')
+    assert evaluate.main([str(run), "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "passing over the last line, which is torn" in shown
+    assert "neither" in shown
+
+
+def test_temperature_0_takes_the_likeliest_token(models, chance_task, capsys):
+    # Catches: `max(temperature, GREEDY)` -> `1.0`; the temperature not recorded.
+    out = models / "greedy.json"
+    assert evaluate.main([str(models / "first"), *chance_task, "--temperature", "0", "--samples", "3", "--json", str(out)]) == 0
+    assert "greedy" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert (report["temperature"], report["task"]) == (0.0, "chance_task")
+    texts = [answer["text"] for answer in report["models"][0]["answers"]]
+    assert all(len(set(texts[i : i + 3])) == 1 for i in range(0, len(texts), 3))
+
+
 # ---------------------------------------------------------------- errors, names
 
 
@@ -229,7 +284,8 @@ def test_samples_are_coloured_by_advantage_on_a_terminal_only(tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["nowhere"], "neither a model directory .* nor a run"),
-        (["nowhere", "--show"], "no samples.jsonl"),
+        (["nowhere", "--show"], "samples.jsonl does not exist; wanted the directory of a run"),
+        (["{model}", "--temperature", "-1"], "--temperature -1.0: wanted 0 or more"),
         (["{model}", "{model}", "{model}"], "3 models were given"),
         (["{model}", "{model}", "--ask", "7"], "2 models were given"),
         (["{model}", "--samples", "0"], "at least 1"),

@@ -69,9 +69,9 @@ def test_a_run_that_has_only_begun_is_drawn_next_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, [], "holds no metrics.jsonl; give the directory of a run"),
+        (None, [], "metrics.jsonl does not exist; wanted the directory of a run"),
         ("", [], "is empty"),
-        ('{"step": 1}\n{"st', [], "line 2 is not JSON"),
+        ('{"step": 1}\n{"st\n', [], "line 2, is not valid JSON"),
         ('{"step": 1}\n', ["--out", "curves.jpg"], "ends in .png or .svg"),
         ('{"step": 1}\n', ["--out", "nowhere/curves.png"], "nowhere/curves.png"),
     ],

@@ -32,10 +32,10 @@ ALLOWED = {
     "harness.console": {"data_types"},
     "harness.checkpoint": {"harness.console", "data_types", "flat", "optimizer", "published_format", "qwen2_model", "tokenizer"},
     "harness.cpu": {"qwen2_model"},
-    "harness.logs": set(),
+    "harness.logs": {"harness.console", "published_format"},
     "harness.parallel": {"data_types", "harness.plan"},
     "harness.metrics": {"data_types"},
-    "harness.tasks": {"data_types", "tokenizer"},
+    "harness.tasks": {"harness.logs", "data_types", "tokenizer"},
     "harness.config": {"harness.tasks", "published_format"},
     "harness.plan": {"harness.config", "harness.cpu", "generate", "grpo", "optimizer", "qwen2_model"},
     "harness.run": {

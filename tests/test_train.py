@@ -191,8 +191,8 @@ def test_two_runs_of_one_seed_are_equal_whatever_the_threads_do(base_model, proc
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_says_how_to_resume_and_nothing_is_doubled(signum, base_model, unbroken, tmp_path, monkeypatch, capsys):
     arguments = command(tmp_path / "run", base_model, "training.ckpt_save_interval=100")
-    plain = letters_task.reward_function
-    plant_reward(monkeypatch, lambda reward: os.kill(os.getpid(), signum) or reward, step=4)
+    plain, own = letters_task.reward_function, os.getpid()
+    plant_reward(monkeypatch, lambda reward: os.kill(own, signum) or reward, step=4)
     assert train.main(arguments) == 128 + signum
     assert "step-000003 is saved; go on with the same command and --resume" in capsys.readouterr().out
     assert saved(tmp_path / "run") == ["step-000003"]
