@@ -70,8 +70,9 @@ def a_step(processes, *, spoiled: int | None = None) -> dict:
     optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-4, weight_decay=0.1, processes=processes)
     stats = []
     for step in range(2):
+        seed = 100 * step
         episodes = [
-            episode(q, random_tokens(5 + q, seed=q).tolist(), random_tokens(3 + 7 * j + q, seed=100 * step + 10 * q + j).tolist(), j)
+            episode(q, random_tokens(5 + q, seed=q).tolist(), random_tokens(3 + 7 * j + q, seed=seed + 10 * q + j).tolist(), j)
             for q in range(5) for j in range(3)
         ]  # fmt: skip
         if spoiled == processes.rank:
@@ -135,14 +136,14 @@ def sums(processes) -> list:
 
 def test_a_gradient_is_summed_in_float32():
     # Catches: the buffer in the gradient's own type.
-    assert [n for part in in_processes(3, sums) for n in part] == [258.0] * 200
+    assert [number for part in in_processes(3, sums) for number in part] == [258.0] * 200
 
 
 def test_rows_are_dealt_so_that_all_end_together():
     # Catches: the smallest first.
     sizes = [5, 90, 40, 41, 7, 42, 43]
     dealt = deal(sizes, 3)
-    assert sorted(row for rows in dealt for row in rows) == list(range(7))
+    assert sorted(r for rows in dealt for r in rows) == list(range(7))
     assert max(sum(sizes[r] for r in rows) for rows in dealt) == 90
     assert deal(sizes, 1) == [list(range(7))]
 
