@@ -285,8 +285,6 @@ def reward_function(response, **problem):
             os.kill(os.getpid(), signal.SIGTERM)
         if what == "raise":
             raise RuntimeError("planted")
-        if what == "memory":
-            raise MemoryError("planted")
     return letters_task.reward_function(response, **problem)
 '''
 
