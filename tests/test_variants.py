@@ -157,17 +157,19 @@ def assert_update_equals_the_equation(name: str, grpo: ModuleType, episodes: lis
 
 @cache
 def off_policy_batch() -> list[Episode]:
-    """The ragged batch of test_grpo, some of it unfinished, one group of equal rewards. The sampler and the policy differ: token
-    by token by up to 1 nat, in some finished answers by so little a token that the whole lies between two bounds of GSPO's clip.
+    """The ragged batch of test_grpo, some of it unfinished, one group of equal rewards. The policy differs from the sampler: token
+    by token so that every bound has ratios on both its sides, in a third of the answers so little that the ratio of the whole
+    lies between GSPO's two bounds.
     """
-    model, generator, episodes = reference_model(random_model()), torch.Generator().manual_seed(3), []
+    model, episodes = reference_model(random_model()), []
+    log_ratios = [-0.9, -0.27, -0.1, 0.1, 0.21, 0.6, 0.85]
     for i, e in enumerate(batch(True)):
         with torch.no_grad():
             logprobs = answer_logprobs(model, e)
-        noise = torch.rand(logprobs.shape, generator=generator) * 2 - 1
-        if e.is_finished and i % 3 != 1:
-            noise = torch.full(logprobs.shape, 0.00175 if e.reward.total >= 1.0 else -0.00175)
-        episodes.append(replace(e, response_logprobs=(logprobs - noise).tolist()))
+        difference = torch.tensor([log_ratios[(i + t) % 7] for t in range(len(logprobs))])
+        if i % 3 == 0:
+            difference[:] = 0.00175 if e.reward.total >= 1.0 else -0.00175
+        episodes.append(replace(e, response_logprobs=(logprobs - difference).tolist()))
     return episodes
 
 
@@ -196,13 +198,13 @@ def rollout_settings(tokenizer, calls: list) -> dict:
 
 def assert_further_questions_are_asked(grpo: ModuleType, tokenizer: Tokenizer) -> None:
     """DAPO, eq. 11, as a loop over what was scored: flat groups do not count, and as many more are asked as are missing."""
-    calls, settings = [], {}
+    calls = []
     settings = rollout_settings(tokenizer, calls)
     episodes = grpo.rollout_of_unequal(num_groups=5, **settings)
     groups = [calls[i : i + 4] for i in range(0, len(calls), 4)]
     unequal = [i for i, group in enumerate(groups) if min(group) < max(group)]
     asked, have = 0, 0
-    while have < 5:
+    while have < 5 and asked < 12:
         asked, have = asked + 5 - have, len([i for i in unequal if i < asked + 5 - have])
     assert 5 < len(groups) == asked < 12  # neither the first five were enough, nor were all asked
     assert [e.question_id for e in episodes] == [i for i in unequal for _ in range(4)]
@@ -248,7 +250,7 @@ def test_a_variant_does_what_its_equation_says(name, tree, tokenizer):
 MUTATIONS = [
     ("dr-grpo", "TOKENS_PER_ANSWER * len(episodes)", "TOKENS_PER_ANSWER * len(kept)"),
     ("dr-grpo", "TOKENS_PER_ANSWER = 448", "TOKENS_PER_ANSWER = 449"),
-    ("dr-grpo", "rewards_NM - rewards_NM.mean(dim=1, keepdim=True)", "rewards_NM - rewards_NM.mean()"),
+    ("dr-grpo", "rewards_NM - rewards_NM.mean(dim=1, keepdim=True)", "rewards_NM.mean(dim=1, keepdim=True) - rewards_NM"),
     ("rloo", "(rewards_NM.shape[1] - 1)", "rewards_NM.shape[1]"),
     ("rloo", "rewards_NM - others_NM", "others_NM - rewards_NM"),
     ("clip-higher", "CLIP_LOW, CLIP_HIGH = 0.2, 0.28", "CLIP_LOW, CLIP_HIGH = 0.2, 0.2"),
@@ -263,12 +265,12 @@ MUTATIONS = [
     ("kl", "start_logprobs_P - logprobs_P\n", "logprobs_P - start_logprobs_P\n"),
     ("kl", "    run = kept\n", "    run = [i for i in kept if advantages[i] != 0]\n"),
     ("dynamic-sampling", "> 1:\n                kept", "> 0:\n                kept"),
-    ("dynamic-sampling", "asked : asked + missing", "asked : asked + num_groups"),
+    ("dynamic-sampling", "asked += missing", "asked += num_groups"),
     ("dynamic-sampling", "asked + e.question_id", "e.question_id"),
     ("soft-overlong", "max_gen_len / 5", "max_gen_len / 4"),
     ("soft-overlong", "reward.total + length_reward", "reward.total - length_reward"),
     ("truncated-is", "CAP = 2.0", "CAP = 2.5"),
-    ("truncated-is", "logprobs_P.detach() -", "logprobs_P -"),
+    ("truncated-is", "= (logprobs_P.detach() -", "= (logprobs_P -"),
     ("truncated-is", "clamp(max=CAP)", "clamp(min=1 / CAP)"),
 ]
 

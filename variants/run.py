@@ -1,4 +1,4 @@
-"""Train the tiny model by relatives of GRPO: uv run variants/run.py NAME [NAME…] [--seeds 1 2 3] [key.path=value…]
+"""Train the tiny model by relatives of GRPO: uv run variants/run.py NAME… [key.path=value…] [--seeds 1 2 3]
 
 For each NAME and seed the tracked files are copied to a temporary directory, variants/NAME.patch is applied there ("grpo": no
 patch), and config_tiny.yaml is run. Prints a line a run and, at the end, a row of the table a NAME. The runs are kept in
@@ -46,14 +46,12 @@ def row(name: str, seeds: list[int], settings: list[str]) -> str:
         out = ROOT / "runs" / "variants" / f"{name}-{seed}"
         with tempfile.TemporaryDirectory() as directory:
             make_tree(name, Path(directory))
-            settings_of_run = [f"output_dir={out}", f"training.seed={seed}", *settings]
-            command = [sys.executable, "train.py", "--config", "config_tiny.yaml", *settings_of_run]
-            done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            command = [sys.executable, "train.py", "--config", "config_tiny.yaml", f"output_dir={out}", f"training.seed={seed}"]
+            done = subprocess.run([*command, *settings], cwd=directory, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{name}, seed {seed}:\n{done.stdout}")
+            sys.exit(f"{name}, seed {seed}:\n{done.stdout}{done.stderr}")
         runs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
-        timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
-        seconds.append(sum(record.get("seconds", 0.0) for record in timings))
+        seconds.append(sum(json.loads(line).get("seconds", 0.0) for line in (out / "timings.jsonl").read_text().splitlines()))
         before, after = ([r for r in runs[-1] if "eval/success" in r][i] for i in (0, -1))
         print(f"{name}, seed {seed}: {_share(before)} to {_share(after)}, {seconds[-1]:.0f} s", flush=True)
     keys = [key for key in runs[0][0] | runs[0][1] if not key.startswith("skipped")]
