@@ -10,7 +10,9 @@ belong to the answer and the position, not to the slot, so neither the budget no
 Dimension key: A answers asked for, R slots in use, G response tokens at most, V vocabulary, N prompts, L prompt tokens.
 """
 
+import gc
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from qwen2_model import KVCache, Transformer
 IMPOSSIBLE = -1e30  # logit of an id that must not be drawn; finite, because 0 * log 0 is asked for in the entropy
 PREFILL_TOKENS = 8192  # prompts go through the model in batches of about so many tokens
 CUDA_CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended: a look waits for the device
-CUDA_ROW_MULTIPLE = 8  # slots are decoded in multiples of this, so that few graphs are recorded
+GRAPHS_KEPT = 4  # recordings of a decode step at once; each takes driver memory
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class Decoder:
         device = model.head_weight_VE.device
         answers, G = len(prompts) * num_answers, sampling.max_gen_len
         on_cuda = device.type == "cuda"
-        self.interval, self.row_multiple = (CUDA_CHECK_INTERVAL, CUDA_ROW_MULTIPLE) if on_cuda else (1, 1)
+        self.interval, self.round_up = (CUDA_CHECK_INTERVAL, row_bucket) if on_cuda else (1, int)
         self.model, self.prefilled, self.sampling, self.num_answers = model, prefilled, sampling, num_answers
         self.cache = KVCache(model.config, batch_size=slots, max_len=max(map(len, prompts)) + G + self.interval,
                              device=device, dtype=model.head_weight_VE.dtype)  # fmt: skip
@@ -231,7 +233,7 @@ class Decoder:
 
     def decode(self) -> int:
         """Draw the next token of every slot in use, `interval` times over. Returns the number of slots times steps."""
-        rows = min(-(-self.in_use // self.row_multiple) * self.row_multiple, len(self.answers_R))
+        rows = min(self.round_up(self.in_use), len(self.answers_R))
         for _ in range(self.interval):
             self.step(self, rows)
         return rows * self.interval
@@ -263,28 +265,56 @@ class Decoder:
         ]
 
 
+def row_bucket(rows: int) -> int:
+    """So many slots are decoded for `rows` in use: few numbers, so that few graphs are recorded."""
+    return next((bucket for bucket in (8, 16, 32) if rows <= bucket), -(-rows // 32) * 32)
+
+
 class _GraphedStep:
     """Decoder._step as a CUDA graph: one launch instead of some thousand.
 
-    A graph is bound to one number of rows and of cached columns. The first step of a new shape runs as it is, which
-    also lets the libraries allocate what they need; the second is recorded; from then on the recording is replayed.
+    A graph is bound to one number of rows and of cached columns. The first step of a new shape runs as it is, which also
+    lets the libraries load and allocate what they need; the second is recorded; from then on the recording is replayed.
+    Rows end and answers grow, so a rollout hardly comes back to a shape: the last few recordings are kept. They die with
+    the rollout, because the update has no memory to spare for them; what is recorded again is some thirty steps.
     """
 
+    works = True  # until this process has seen a recording fail
+
     def __init__(self):
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()  # the graphs by shape, the latest used last
 
     def __call__(self, decoder: Decoder, rows: int) -> None:
-        cache = decoder.cache
-        shape = rows, cache.columns(1)
-        graph = self.graphs.get(shape)
-        if shape not in self.graphs:
-            self.graphs[shape] = None
+        shape = rows, decoder.cache.columns(1)
+        is_new, graph = shape not in self.graphs, self.graphs.pop(shape, None)
+        if self.works and graph is None and not is_new:
+            graph = self._record(decoder, rows)
+        if graph is None:
             decoder._step(rows)
-        elif graph is None:
-            self.graphs[shape] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                decoder._step(rows)  # recorded, not run
-            graph.replay()
         else:
             graph.replay()
-            cache.span += 1
+            decoder.cache.span += 1
+        self.graphs[shape] = graph
+        if len(self.graphs) > GRAPHS_KEPT:
+            del self.graphs[next(iter(self.graphs))]
+
+    def _record(self, decoder: Decoder, rows: int) -> "torch.cuda.CUDAGraph | None":
+        """Record a step without running it. None if that fails; nothing has changed then."""
+        graph, span, collects = torch.cuda.CUDAGraph(), decoder.cache.span, gc.isenabled()
+        gc.disable()  # the destructor of something that touches the driver would spoil the recording
+        try:
+            # The outer context gives the stream back even where the inner one fails to end the recording.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+                decoder._step(rows)
+        except RuntimeError as error:
+            _GraphedStep.works = False
+            self.graphs.clear()
+            reason = str(error.__context__ or error).splitlines()[0]
+            warnings.warn(f"a decode step cannot be recorded as a CUDA graph ({reason}); answers stay the same, but sampling is "
+                          "slower from now on. Where memory is short, lower model.memory_gib", stacklevel=2)
+            return None
+        finally:
+            decoder.cache.span = span
+            if collects:
+                gc.enable()
+        return graph

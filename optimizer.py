@@ -10,7 +10,6 @@ instead of the 4 of a separate master.
 """
 
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -69,7 +68,7 @@ class AdamW:
         weights = flat_weights(self.params)
         own_weights, own_gradient = weights[self.own], flat_gradient(self.params)[self.own]
         size = PIECE[weights.device.type]
-        places = [slice(start, start + size) for start in range(0, len(own_weights), size)]
+        places = [slice(start, min(start + size, len(own_weights))) for start in range(0, len(own_weights), size)]
         changed = torch.zeros(2, device=weights.device)
         for place, state in zip(places, self._on_device(places), strict=True):
             changed += self._update(own_weights[place], own_gradient[place], *state)
@@ -126,26 +125,30 @@ class AdamW:
             return
         device = self.params[0].device
         compute, up, down = torch.cuda.current_stream(device), self.up, self.down
+        sets = [[torch.empty_like(tensor[places[0]], device=device) for tensor in self.state.values()] for _ in range(IN_TRANSIT)]
+        up.wait_stream(compute)  # whoever had this memory before may still be at work in it
+        written = []  # the event after which a piece is home again, and what held it is free
 
-        def fetch(place):
+        def fetch(i):
+            held = [tensor[: places[i].stop - places[i].start] for tensor in sets[i % IN_TRANSIT]]
+            if i >= IN_TRANSIT:
+                up.wait_event(written[i - IN_TRANSIT])
             with torch.cuda.stream(up):
-                return [tensor[place].to(device, non_blocking=True) for tensor in self.state.values()], up.record_event()
+                for tensor, home in zip(held, self.state.values(), strict=True):
+                    tensor.copy_(home[places[i]], non_blocking=True)
+                return held, up.record_event()
 
-        fetched, written = deque([fetch(places[0])]), deque()
+        ahead = fetch(0)
         for i, place in enumerate(places):
-            if len(written) == IN_TRANSIT - 1:
-                written.popleft().synchronize()  # the host must not run ahead and fill the device
+            state, arrived = ahead
             if i + 1 < len(places):
-                fetched.append(fetch(places[i + 1]))
-            state, arrived = fetched.popleft()
+                ahead = fetch(i + 1)
             compute.wait_event(arrived)
             yield state
             down.wait_event(compute.record_event())
             with torch.cuda.stream(down):
                 for tensor, home in zip(state, self.state.values(), strict=True):
                     home[place].copy_(tensor, non_blocking=True)
-                    tensor.record_stream(down)
-                    tensor.record_stream(compute)
                 written.append(down.record_event())
         down.synchronize()
 

@@ -153,6 +153,7 @@ class KVCache:
         self.keys_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.indices = torch.arange(max(batch_size, max_len), device=device)  # of rows and of columns, made once for all steps
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.span = 0  # upper bound of the lengths, known without asking the device
 
@@ -183,11 +184,10 @@ class KVCache:
                              f"not fit; make it with max_len={self.span + num_tokens}")
         columns = self.columns(num_tokens)
         self.span += num_tokens
-        device = self.lengths_B.device
-        positions_BS = self.lengths_B[:batch_size, None] + torch.arange(num_tokens, device=device)
-        rows_B1 = torch.arange(batch_size, device=device)[:, None]
-        hidden_BSC = torch.arange(columns, device=device) > positions_BS[:, :, None]
-        bias_BSC = torch.zeros(hidden_BSC.shape, device=device, dtype=self.keys_LBKCD.dtype).masked_fill_(hidden_BSC, -torch.inf)
+        positions_BS = self.lengths_B[:batch_size, None] + self.indices[:num_tokens]
+        rows_B1 = self.indices[:batch_size, None]
+        hidden_BSC = self.indices[:columns] > positions_BS[:, :, None]
+        bias_BSC = self.keys_LBKCD.new_zeros(hidden_BSC.shape).masked_fill_(hidden_BSC, -torch.inf)
         bias_B1QC = bias_BSC.repeat(1, self.heads_per_key, 1)[:, None]
 
         def attend(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
             return self.logits(hidden_BLE[:, -1]).float()
         cache.lengths_B[:B] += lengths_B
         last_B = (lengths_B - 1).clamp(min=0)
-        return self.logits(hidden_BLE[torch.arange(B, device=last_B.device), last_B]).float()
+        return self.logits(hidden_BLE[cache.indices[:B], last_B]).float()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device, dtype: torch.dtype) -> "Transformer":

@@ -1,6 +1,9 @@
 """Text to token ids and back, the model's own chat template, and the ids that end an answer."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -12,6 +15,9 @@ from published_format import read_json, read_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+MAX_CHARS, MAX_LINES = 10**7, 10**6  # that a chat template may write, and may run: some 50 a message
 
 
 class Tokenizer:
@@ -35,7 +41,7 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise_template_error
         try:
             self._template = environment.from_string(template)
-        except TemplateError as error:
+        except Exception as error:  # too deep for the parser, too many loops for Python, …
             raise ValueError(f"{directory}: the chat template does not parse ({error}); fetch the model again") from None
 
     @classmethod
@@ -69,11 +75,17 @@ class Tokenizer:
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The model's own template over [{"role", "content"}, …], ending where the assistant is to speak.
 
-        Raises ValueError if the template fails or reaches outside its sandbox.
+        Raises ValueError if the template fails, reaches outside its sandbox or does not come to an end.
         """
         special = {name: _content(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
+            text = ""
+            with _limited_lines():
+                for piece in self._template.generate(messages=messages, add_generation_prompt=True, tools=None, **special):
+                    text += piece
+                    if len(text) > MAX_CHARS:
+                        raise SecurityError(f"it writes more than {MAX_CHARS:,} characters")
+            return text
         except Exception as error:  # whatever the template's code raises is the template's fault
             raise ValueError(f"{self._directory}: the chat template fails: {error}; fetch the model again") from None
 
@@ -85,9 +97,37 @@ class Tokenizer:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator, left, right):
+        """The operators by which few lines make a text or a number that fills the memory."""
+        if operator == "**" or not all(isinstance(value, int) and abs(value) < 10**9 for value in (left, right)):
+            raise SecurityError(f"{operator} is only for small products")
+        return left * right
+
     def unsafe_undefined(self, obj, attribute):
         """An attribute out of bounds ends the rendering; jinja2 alone would print it as nothing."""
         raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
+
+
+@contextmanager
+def _limited_lines() -> Iterator[None]:
+    """Within, Python runs at most MAX_LINES lines: loops within loops end, whatever they do and wherever they stand."""
+    lines = 0
+
+    def count(frame, event, argument):
+        nonlocal lines
+        lines += event == "line"
+        if lines > MAX_LINES:
+            raise SecurityError(f"it runs for more than {MAX_LINES:,} lines")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _stop_ids(directory: Path, fast: FastTokenizer, settings: dict) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """What a person sees while the program works: one bar for the part at hand, a line a step, and times for the logs."""
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from data_types import ALONE, Alone, Watch
 
-UNITS = {"prefill": "prompt", "gradient": "token", "optimizer": "step"}
+UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step"}
 COLUMNS = {  # column: (metric, format); 80 characters wide in all
     "step": ("step", "{:>5d}"), "reward": ("reward", "{:6.3f}"), "solved": ("rewards/answer", "{:6.1%}"),
     "format": ("rewards/format", "{:6.1%}"), "equal": ("frac_reward_zero_std", "{:5.0%}"),
@@ -38,8 +39,7 @@ class PhaseWatch(Watch):
     @contextmanager
     def part(self, name: str, total: int) -> Iterator[None]:
         clock, self.critical = time.perf_counter(), self.critical or name == "optimizer"
-        title, unit = f"{self.phase}: {name}", UNITS.get(name, "answer")
-        with tqdm(desc=title, total=total, unit=unit, leave=False, disable=self.processes.rank > 0 or None) as self._bar:
+        with bar(f"{self.phase}: {name}", total, UNITS.get(name, "answers"), hidden=self.processes.rank > 0) as self._bar:
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
@@ -51,6 +51,20 @@ class PhaseWatch(Watch):
             self._bar.set_postfix_str(f"{self.counts['row_steps']:,} tokens", refresh=False)
         self._bar.update(amount)
         self.check()
+
+
+@contextmanager
+def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
+    """A bar on a terminal, of which nothing is left at the end, not even the "^C" of whoever ended it."""
+    form, columns = "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}{postfix} [{elapsed}]", shutil.get_terminal_size().columns
+    shown = tqdm(desc=title, total=total, unit=unit, bar_format=form, ncols=columns - len("^C^C "), leave=False,
+                 miniters=0, disable=hidden or None)  # fmt: skip
+    erase = "" if shown.disable else "\033[K"
+    try:
+        yield shown
+    finally:
+        shown.close()
+        print(erase, end="", file=sys.stderr, flush=True)
 
 
 def say(line: str = "") -> None:
@@ -73,7 +87,7 @@ def heading() -> str:
 def row(metrics: dict) -> str:
     """One step. A metric that the step lacks is shown as nan."""
     cells = (form.format(metrics.get(name, float("nan"))) for name, form in COLUMNS.values())
-    return " ".join(cells) + (f"  no step: {metrics['skipped']}" if metrics.get("skipped") else "")
+    return " ".join(cells) + (f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else "")
 
 
 def duration(seconds: float) -> str:

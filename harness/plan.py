@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from generate import free_bytes
+from generate import CUDA_CHECK_INTERVAL, GRAPHS_KEPT, free_bytes
 from grpo import LOGIT_CHUNK_BYTES
 from harness.config import Config, load_config
 from harness.cpu import packs_for_decoding
@@ -22,10 +22,11 @@ PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
 RESERVE_BYTES = GIB  # left alone where model.memory_gib does not say what may be used
 STEP_BUFFERS = 6  # float32 copies of the logits: three of a decode step as it is, three of its recordings
+GRAPH_BYTES = 2**16  # of the driver for a kernel of a graph, "up until CUDA 12.4 and driver 550" (PyTorch, CUDAGraph Trees)
 CHUNK_BUFFERS = 2.5  # of the loss: a chunk's logits, their log-probabilities and, in the weights' dtype, their gradient
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 TRANSIT = 2**23  # elements that several processes share at once
-USABLE_GIB = {24: 22.5, 48: 43.5, 80: 78.0}  # of a card that is sold as so many GB
+USABLE_GIB = {24: 22.5, 48: 42.5, 80: 78.0}  # of a card that is sold as so many GB
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
 PUBLISHED = {
@@ -76,14 +77,19 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
         fixed["CUDA context and workspaces"] = CONTEXT_BYTES
 
     row_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
+    more_rows = (PROMPT_TOKENS + training.max_gen_len) / training.max_gen_len  # have room where prompts are shorter than planned
+    step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows  # of a row
     prompt_bytes = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS
-    rollout = fixed | {"prompts": prompt_bytes * questions,
-                       "decode step": STEP_BUFFERS * 4 * answers * shape.vocab_size}  # fmt: skip
+    rollout = fixed | {"prompts": prompt_bytes * questions}
+    if config.model.device == "cuda":
+        rollout["graphs of the decode step"] = GRAPHS_KEPT * GRAPH_BYTES * step_kernels(shape)
+    ahead = CUDA_CHECK_INTERVAL * KVCache.bytes_per_token(shape, dtype)  # columns of tokens drawn before somebody looks
     if packs_for_decoding(config.model.device, dtype):
         rollout["weights, packed for decoding"] = weights
-    cache_rows = int(min(answers, (budget - sum(rollout.values())) // row_bytes))
+    cache_rows = int(min(answers, (budget - sum(rollout.values())) // (row_bytes + ahead + step_bytes)))
     cache_bytes = max(cache_rows, 1) * row_bytes
-    rollout[f"KV cache, {max(cache_rows, 1)} of {answers} rows at once"] = cache_bytes
+    rollout["decode step"] = max(cache_rows, 1) * step_bytes
+    rollout[f"KV cache, {max(cache_rows, 1)} of {answers} rows at once"] = cache_bytes + max(cache_rows, 1) * ahead
     more_prompts = prompt_bytes * max(0, -(-config.data.test_size // cards) - questions)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
@@ -93,10 +99,9 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
     if cards > 1:
         update["pieces in transit to other cards"] = 2 * 4 * min(TRANSIT, num_weights(shape))
     tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
-    heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
-    update["attention mask"] = tokens * heads_per_key * (PROMPT_TOKENS + training.max_gen_len) * dtype.itemsize
+    update["attention mask"] = tokens * mask_bytes_per_token(config, shape)
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
-        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers)
+        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers, config.model.device)
         if sum(update.values()) + activations <= budget:
             break
     update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = activations
@@ -139,16 +144,27 @@ def _free_budget(device: str, cards: int) -> float:
     return (free_bytes(torch.device(device)) - RESERVE_BYTES) / (cards if device == "cpu" else 1)  # they share this machine's
 
 
-def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int) -> float:
+def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int, device: str = "cpu") -> float:
     """What the backward pass needs of the forward pass, bytes a token of a micro-batch."""
     b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
-    norms = 2 * (4 * E + 4 * E)  # each keeps input and normalised value in float32; a fused kernel keeps less
+    # Each norm keeps its input: the kernel of a card as it is, on a CPU in float32 and the normalised value beside it.
+    norms = 2 * b * E if device == "cuda" else 2 * (4 * E + 4 * E)
     attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)  # input, queries, result twice; keys, values
     mlp = b * (E + 4 * I)  # input, gate, silu(gate), up, their product
     layer = norms + attention + mlp
-    kept = (shape.num_hidden_layers - checkpoint_layers) * layer + checkpoint_layers * b * E
-    again = 1.5 * layer if checkpoint_layers else 0.5 * layer  # the layer being run again, and gradients in flight
-    return kept + again + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
+    # With half a layer for gradients in flight. When the first layer is run again, those that are kept whole have been freed.
+    layers = max(shape.num_hidden_layers - checkpoint_layers + 0.5, 1.5 if checkpoint_layers else 0.0)
+    return layers * layer + checkpoint_layers * b * E + 6 * b * E  # embedding, final norm, scored hidden states and their gradient
+
+
+def mask_bytes_per_token(config: Config, shape: Qwen2Config) -> int:
+    heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
+    return heads_per_key * (PROMPT_TOKENS + config.training.max_gen_len) * getattr(torch, config.model.dtype).itemsize
+
+
+def step_kernels(shape: Qwen2Config) -> int:
+    """Kernels of a decode step, at most."""
+    return 32 * shape.num_hidden_layers + 64
 
 
 def num_weights(shape: Qwen2Config) -> int:
@@ -173,7 +189,8 @@ def find_shape(model_path: str) -> Qwen2Config:
 
 def _remedy(config: Config, shape: Qwen2Config, plan: Plan) -> str:
     missing = max(sum(plan.update.values()), sum(plan.rollout.values())) - plan.budget
-    per_token = activation_bytes_per_token(shape, getattr(torch, config.model.dtype), shape.num_hidden_layers)
+    per_token = activation_bytes_per_token(shape, getattr(torch, config.model.dtype), shape.num_hidden_layers,
+                                           config.model.device) + mask_bytes_per_token(config, shape)
     tokens = int(config.training.micro_batch_tokens - missing / per_token) // 256 * 256
     if plan.cache_rows >= 1 and tokens >= config.training.max_gen_len + PROMPT_TOKENS:
         return f"set training.micro_batch_tokens={tokens}"

@@ -196,15 +196,16 @@ def test_prompts_go_through_the_model_in_batches(monkeypatch):
     assert_same_samples(got, wanted)
 
 
-@pytest.mark.parametrize(("interval", "row_multiple"), [(5, 4), (8, 8), (1, 4), (5, 1)])
+@pytest.mark.parametrize(("interval", "round_to"), [(5, 4), (8, 8), (1, 4), (5, 1)])
 @pytest.mark.parametrize("slots", [1, 3, 6, 15])
-def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, row_multiple, slots, monkeypatch):
+def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, round_to, slots, monkeypatch):
     # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`lengths_R + active_R` -> `+ 1`) or wakes up
     # (`~active_R | ` dropped); a cache too short; holes closed with slots that have ended themselves.
     def fixed(value):  # a property goes before what __init__ assigns to the same name
         return property(lambda self: value, lambda self, assigned: None)
 
-    seldom = type("Seldom", (module.Decoder,), {"interval": fixed(interval), "row_multiple": fixed(row_multiple)})
+    names = {"interval": fixed(interval), "round_up": fixed(lambda rows: -(-rows // round_to) * round_to)}
+    seldom = type("Seldom", (module.Decoder,), names)
     wanted = run()
     monkeypatch.setattr(module, "Decoder", seldom)
     seen = Seen()
@@ -212,8 +213,8 @@ def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, row_multi
     assert_same_samples(got, wanted)
     row_steps = seen.counts["row_steps"]
     assert sum(len(s.token_ids) for s in got) < row_steps or (interval == 1 and slots == 1)
-    if slots % row_multiple == 0:
-        assert row_steps % (interval * row_multiple) == 0
+    if slots % round_to == 0:
+        assert row_steps % (interval * round_to) == 0
 
 
 @pytest.mark.parametrize("slots", [2, 15])

@@ -263,14 +263,17 @@ def test_of_equals_the_first_is_kept():
 
 
 def test_a_smell_is_named_with_what_to_try():
-    fine = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.1, "sampling/logp_difference_mean": 1e-3}
-    assert smells([fine] * 20) == set()
+    fine = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.1, "sampling/logp_difference_mean": 1e-3,
+            "rewards/answer": 0.0}  # fmt: skip
+    uncounted = {name: value for name, value in fine.items() if name != "rewards/answer"}
+    assert smells([fine] * 20) == smells([uncounted | {"rewards/error": 1.0}]) == set()
     equal = fine | {"frac_reward_zero_std": 1.0}
     assert smells([equal] * 19) == smells([equal] * 19 + [fine]) == smells([fine] + [equal] * 19) == set()
     for changed, wanted in (
         ([equal] * 20, "training.batch_size"),
         ([fine, fine | {"completions/clipped_ratio": 1.0}], "training.max_gen_len"),
         ([fine, fine | {"sampling/logp_difference_mean": 0.11}], "model.dtype"),
+        ([uncounted], '{"answer": 1.0}'),
     ):
         (warning,) = smells(changed)
         assert wanted in warning

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -309,6 +311,30 @@ def test_a_template_that_reaches_out_or_fails_is_refused(tmp_path, template):
     assert messages == MESSAGES
 
 
+ENDLESS_TEMPLATES = {
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over one range": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "loops over a text": "{% set t = 'x' | center(99999) %}{% for i in t %}{% for j in t %}{% endfor %}{% endfor %}",
+    "a loop that writes": "{% for i in range(99999) %}{{ 'x' | center(9999) }}{% endfor %}",
+    "a macro that calls itself": "{% macro f() %}{% for i in range(9) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}",
+    "filler": "{{ lipsum(n=10000000) }}",
+    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a product": "{{ 'x' * 10000000000 }}",
+    "products of products": "{% set n = namespace(x=7) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+}
+
+
+# Catches: the lines not counted, or those of the template alone; the characters not counted; * and ** left to jinja2.
+@pytest.mark.parametrize("template", ENDLESS_TEMPLATES.values(), ids=ENDLESS_TEMPLATES)
+def test_a_template_without_an_end_is_cut_off(tmp_path, template):
+    start, before = time.perf_counter(), sys.gettrace()
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
+    with pytest.raises(ValueError, match="chat template fails"):
+        tokenizer.render_chat(MESSAGES)
+    assert time.perf_counter() - start < 10
+    assert sys.gettrace() is before
+
+
 REACHING_TEMPLATES = {
     "a class": "{{ messages.__class__ }}",
     "through a filter": "{{ messages | attr('__class__') }}",
@@ -333,7 +359,10 @@ def test_a_template_is_told_by_its_own_error(tmp_path):
         tokenizer.render_chat(MESSAGES)
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages", "{% nonsense %}", "{{ messages | nonsense }}"])
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}", "{{ messages", "{% nonsense %}", "{{ messages | nonsense }}", "{{ " + "(" * 5000,
+    "{% for m in messages %}" * 50 + "{% endfor %}" * 50,
+])  # fmt: skip
 def test_a_template_that_does_not_parse_is_refused_at_once(tmp_path, template):
     with pytest.raises(ValueError, match="chat template does not parse") as caught:
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))

@@ -275,12 +275,14 @@ def test_a_directory_that_another_run_may_have_is_left_alone(base_model, tmp_pat
         (tmp_path / "run").mkdir()
         return reward
 
+    plain = letters_task.reward_function
     plant_reward(monkeypatch, replace, step=4)
     assert train.main(command(tmp_path / "run", base_model)) == 1
     error = capsys.readouterr().err
     assert "the steps after 2 are lost" in error
     assert "may belong to another run" in error
     assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr(letters_task, "reward_function", plain)
     assert train.main([*command(tmp_path / "moved", base_model), "--resume"]) == 0
 
 
@@ -650,8 +652,15 @@ def test_a_reward_that_sleeps_is_cut_off(base_model, tmp_path, monkeypatch, caps
     message = capsys.readouterr().err
     assert "took over 0.2 s" in message
     assert "numbers" in message
+
+    def sleep_once(reward):  # the process that comes after counts anew
+        if (tmp_path / "slept").exists():
+            return reward
+        (tmp_path / "slept").touch()
+        return time.sleep(1000)
+
     monkeypatch.setattr(letters_task, "reward_function", plain)
-    plant_reward(monkeypatch, lambda r: time.sleep(1000), step=2, answer=3)
+    plant_reward(monkeypatch, sleep_once, step=2, answer=3)
     code, steps = run_with(base_model, tmp_path / "zero", "training.reward_timeout=0.2", "training.reward_errors=zero")
     assert code == 0
     assert sum(s.get("rewards/error", 0.0) for s in steps) == pytest.approx(1 / 12)
