@@ -321,6 +321,8 @@ def test_a_failing_reward_ends_the_run_where_errors_stop_it(reward_function):
     assert caught.value.__context__ is None
     if reward_function in HANGING:
         assert "took over 0.1 s" in message
+    if reward_function in (exits, asks_to_stop):
+        assert "raised SystemExit(0)" in message or "raised KeyboardInterrupt()" in message
     if reward_function in ENDING:
         assert "ended its process with code" in message
 
