@@ -154,6 +154,7 @@ class Run:
             self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors,
             closes=[self.lock] if self.processes.rank == 0 else [],
         )  # fmt: skip
+        self.closing.callback(self.reward.close)
         self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size)
         return config
 

@@ -84,7 +84,7 @@ def guard_reward(
     Called before there are weights, threads and a CUDA context, of which the process would keep copies; closes: open files
     that it is not to keep open. If the function raises, hangs, ends its process, or returns what is no Reward:
     errors="zero" scores the answer 0 with a part "error"; errors="stop" raises ValueError naming the question, the answer
-    and the line. A total that is not finite passes: the update refuses it and names the question.
+    and the line. A total that is not finite passes: the update refuses it and names the question. Its close() ends the process.
     """
     worker = _Worker(reward_function, closes)
 
@@ -97,6 +97,7 @@ def guard_reward(
         raise ValueError(f"the reward function {outcome} on the question {problem!r:.300} and the answer {response!r:.300}; mend "
                          "it, or count such answers as 0 with training.reward_errors=zero")
 
+    guarded.close = worker.close
     return guarded
 
 
@@ -119,6 +120,10 @@ class _Worker:
             _fork(_keep, keeper_side, self._keeper, closes, reward_function)
         keeper_side.close()
         self._pipe = Connection(recv_handle(self._keeper))
+
+    def close(self) -> None:
+        self._keeper.close()
+        self._pipe.close()
 
     def score(self, response: str, problem: dict, timeout: float) -> Reward | str:
         """What the function returned, or what went wrong."""

@@ -419,6 +419,8 @@ def start_run(directory: Path, act) -> list[int]:
     if run == 0:
         try:
             os.setsid()
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_DFL)
             lock = os.open(directory, os.O_RDONLY)
             score = guard_reward(reward_function, timeout=100.0, errors="stop", closes=[lock])
             score("an answer")
@@ -468,17 +470,23 @@ def test_what_the_task_started_ends_with_its_worker(tmp_path):
 
 
 def test_a_keeper_that_was_killed_is_said():
-    guarded = guard_reward(lambda response: os.kill(os.getppid(), signal.SIGKILL) or sleeps(response), timeout=0.2, errors="zero")
+    guarded = guard_reward(lambda response: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(1), timeout=0.2, errors="zero")
     with pytest.raises(ChildProcessError, match="was killed"):
         guarded("an answer")
 
 
-def test_the_process_goes_with_the_guard():
-    guarded = guard_reward(lambda response: Reward(os.getpid() / 1e5, {}), timeout=5.0, errors="stop")
-    pid = round(guarded("an answer").total * 1e5)
-    assert is_running(pid)
-    del guarded
-    assert wait_for(lambda: not is_running(pid))
+# Catches: close() of the worker's pipe alone, which leaves the keeper.
+@pytest.mark.parametrize("close", [True, False])
+def test_the_processes_go_with_the_guard(close):
+    guarded = guard_reward(lambda response: Reward(1.0, {"own": os.getpid() / 1e5, "keeper": os.getppid() / 1e5}), timeout=5.0,
+                           errors="stop")  # fmt: skip
+    pids = [round(part * 1e5) for part in guarded("an answer").parts.values()]
+    assert all(map(is_running, pids))
+    if close:
+        guarded.close()
+    else:
+        del guarded
+    assert wait_for(lambda: not any(map(is_running, pids)))
 
 
 def test_each_answer_has_its_own_time():

@@ -1,6 +1,7 @@
 """The run as a whole: it resumes exactly, survives what happens to it, and says what the user can mend."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -284,6 +285,25 @@ def test_a_directory_that_another_run_may_have_is_left_alone(base_model, tmp_pat
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(letters_task, "reward_function", plain)
     assert train.main([*command(tmp_path / "moved", base_model), "--resume"]) == 0
+
+
+def test_the_process_of_the_reward_ends_with_the_run(base_model, tmp_path, monkeypatch):
+    # Catches: close() left to the garbage collector, which a run, a circle of references, may await for long.
+    def reward_function(*args, **kwargs):
+        (tmp_path / "keeper").write_text(str(os.getppid()))
+        return plain(*args, **kwargs)
+
+    plain = letters_task.reward_function
+    monkeypatch.setattr(letters_task, "reward_function", reward_function)
+    gc.disable()
+    try:
+        assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
+        status, end = Path(f"/proc/{(tmp_path / 'keeper').read_text()}/status"), time.monotonic() + 10
+        while "zombie" not in status.read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert "zombie" in status.read_text()
+    finally:
+        gc.enable()
 
 
 def test_a_closed_pipe_ends_the_run_with_its_weights_saved(base_model, processes, tmp_path):
