@@ -225,6 +225,12 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
     return parse_json(read_text(path, remedy=remedy), str(path), remedy=remedy)
 
 
+def first_fault(error: ValidationError) -> str:
+    """Where pydantic found the first fault, and what it is, in a few words."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}"
+
+
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
     try:
         value = json.loads(text)

@@ -24,7 +24,7 @@ from data_types import ALONE, Alone
 from flat import ALIGNMENT
 from harness.console import say
 from optimizer import AdamW
-from published_format import read_json, read_tensors, write_tensors
+from published_format import first_fault, read_json, read_tensors, write_tensors
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -231,8 +231,7 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
     try:
         place = Place.model_validate(read_json(path / PLACE, remedy=REMEDY))
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise ValueError(f"{PLACE}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+        raise ValueError(f"{PLACE}: {first_fault(error)}") from None
     if checkpoint_path(path.parent, place.step) != path:
         raise ValueError(f"it is a copy of step {place.step}")
     weights = {name: tensor for file in path.glob("model*.safetensors") for name, tensor in read_tensors(file).items()}

@@ -1,4 +1,4 @@
-"""What exists only for a CPU. Deleting this file and its two calls in run.py leaves a program that runs, slower.
+"""What exists only for a CPU. Without it, and the calls of it, the program runs, slower.
 
 Everything here leans on things that are not PyTorch's public face, each for a measured reason (bench/LOG.md).
 """

@@ -18,7 +18,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.console import say
-from published_format import MAX_DATA_BYTES, parse_json, read_text
+from published_format import MAX_DATA_BYTES, first_fault, parse_json, read_text
 
 FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
 Step = Annotated[int, Field(ge=0, le=10**12)]
@@ -171,9 +171,7 @@ def read_log(path: Path, kind: type[Line]) -> list[Line]:
         try:
             read.append(kind.model_validate(parse_json(line, f"{path}, line {number},", remedy="remove the line")))
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise ValueError(f"{path}, line {number}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; "
-                             "remove the line") from None
+            raise ValueError(f"{path}, line {number}: {first_fault(error)}; remove the line") from None
     return read
 
 

@@ -2,7 +2,7 @@
 
 A task is a module with three functions, found by the name in the config (`task: countdown_task`):
 
-    load_problems(data: DataConfig) -> (train, test)        two sequences of dicts
+    load_problems(data) -> (train, test)                    two sequences of dicts; data: the section of the config
     render_prompt(problem: dict, tokenizer) -> str          what the model is given, the answer's beginning included
     reward_function(response: str, **problem) -> Reward     the score of the model's continuation
     parse_question(text: str) -> dict                       optional: lets evaluate.py --ask take a question
