@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 from data_types import Episode, Reward
-from generate import Sampling, generate_one, seeded_generator
+from generate import Sampling, check_length, generate_one, seeded_generator
 from grpo import rollout
 from harness import cpu
 from harness.checkpoint import COMPLETE, check_files, newest_good
@@ -187,9 +187,7 @@ def ask(config: Config, directory: Path, text: str, *, temperature: float) -> No
     problem, reward_function = task.parse_question(text), guarded_reward(config, task)
     model, tokenizer = load_model(config, directory)
     question = make_question(task, problem, tokenizer)
-    room = model.config.max_position_embeddings - len(question.prompt_token_ids)
-    if room < config.training.max_gen_len:
-        raise ValueError(f"--ask: the question leaves room for {room} tokens; shorten it, or add training.max_gen_len={room}")
+    check_length(model.config, len(question.prompt_token_ids), config.training.max_gen_len)
     sampling = Sampling(config.training.max_gen_len, max(temperature, GREEDY), tokenizer.vocab_size, tokenizer.stop_ids)
     uniforms_G = torch.rand(sampling.max_gen_len, generator=seeded_generator(config.training.seed, "ask"))
     print(question.prompt.rpartition("\n")[2], end="", flush=True)

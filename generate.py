@@ -10,9 +10,7 @@ belong to the answer and the position, not to the slot, so neither the budget no
 Dimension key: A answers asked for, R slots in use, G response tokens at most, V vocabulary, N prompts, L prompt tokens.
 """
 
-import gc
 import hashlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cuda import CHECK_INTERVAL, GraphedStep, free_bytes, row_bucket
 from data_types import UNWATCHED, Watch
-from qwen2_model import KVCache, Transformer
+from qwen2_model import KVCache, Qwen2Config, Transformer
 
 IMPOSSIBLE = -1e30  # logit of an id that must not be drawn; finite, because 0 * log 0 is asked for in the entropy
 PREFILL_TOKENS = 8192  # prompts go through the model in batches of about so many tokens
-CUDA_CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended: a look waits for the device
-GRAPHS_KEPT = 4  # recordings of a decode step at once; each takes driver memory
 
 
 @dataclass(frozen=True)
@@ -141,27 +138,24 @@ def count_slots(
 ) -> int:
     """How many answers are decoded at once: what fits into the budget of the KV cache."""
     config, weight, longest = model.config, model.head_weight_VE, max(map(len, prompts))
-    limit, budget = config.max_position_embeddings, sampling.max_gen_len
     if not min(map(len, prompts)):
         raise ValueError("a prompt has no tokens; every answer continues at least one")
-    if longest + budget > limit:
-        remedy = f"lower max_gen_len to {limit - longest}" if longest < limit else "shorten the prompt"
-        raise ValueError(f"a prompt of {longest} tokens and answers of up to {budget} exceed the model's {limit} positions; "
-                         f"{remedy}")
-    row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + budget)
+    check_length(config, longest, sampling.max_gen_len)
+    row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + sampling.max_gen_len)
     if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
         cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
     if cache_bytes < row_bytes:
-        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {budget} tokens takes {row_bytes:,}; "
-                         "raise the budget, or lower max_gen_len")
+        raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {sampling.max_gen_len} tokens takes "
+                         f"{row_bytes:,}; raise the budget, or lower max_gen_len")
     return min(cache_bytes // row_bytes, answers)
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with open("/proc/meminfo") as f:
-        return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+def check_length(config: Qwen2Config, prompt_tokens: int, max_gen_len: int) -> None:
+    """Raises ValueError where a prompt with its longest answer has more tokens than the model has positions."""
+    if (room := config.max_position_embeddings - prompt_tokens) < max_gen_len:
+        remedy = f"set training.max_gen_len={room}" if room > 0 else "shorten the prompt"
+        raise ValueError(f"a prompt of {prompt_tokens} tokens and answers of up to {max_gen_len} exceed the model's "
+                         f"{config.max_position_embeddings} positions (max_position_embeddings); {remedy}")
 
 
 def prefill(model: Transformer, prompts: list[list[int]], watch: Watch = UNWATCHED) -> KVCache:
@@ -190,7 +184,7 @@ class Decoder:
         device = model.head_weight_VE.device
         answers, G = len(prompts) * num_answers, sampling.max_gen_len
         on_cuda = device.type == "cuda"
-        self.interval, self.round_up = (CUDA_CHECK_INTERVAL, row_bucket) if on_cuda else (1, int)
+        self.interval, self.round_up = (CHECK_INTERVAL, row_bucket) if on_cuda else (1, int)
         self.model, self.prefilled, self.sampling, self.num_answers = model, prefilled, sampling, num_answers
         self.cache = KVCache(model.config, batch_size=slots, max_len=max(map(len, prompts)) + G + self.interval,
                              device=device, dtype=model.head_weight_VE.dtype)  # fmt: skip
@@ -207,7 +201,7 @@ class Decoder:
         self.answers_R = torch.full((slots,), answers, device=device)  # which answer a slot decodes
         self.in_use, self.waiting = 0, list(range(answers))
         # Neither knows the decoder: a reference back would keep cache and graphs alive until the garbage collector runs.
-        self.step = _GraphedStep() if on_cuda else Decoder._step
+        self.step = GraphedStep() if on_cuda else Decoder._step
         self.turn_over()
 
     def turn_over(self) -> int:
@@ -263,58 +257,3 @@ class Decoder:
             Sample(ids[a][:n], logprobs[a][:n], sum(entropies[a][:n]) / n, ids[a][n - 1] in self.sampling.stop_ids)
             for a, n in enumerate(lengths)
         ]
-
-
-def row_bucket(rows: int) -> int:
-    """So many slots are decoded for `rows` in use: few numbers, so that few graphs are recorded."""
-    return next((bucket for bucket in (8, 16, 32) if rows <= bucket), -(-rows // 32) * 32)
-
-
-class _GraphedStep:
-    """Decoder._step as a CUDA graph: one launch instead of some thousand.
-
-    A graph is bound to one number of rows and of cached columns. The first step of a new shape runs as it is, which also
-    lets the libraries load and allocate what they need; the second is recorded; from then on the recording is replayed.
-    Rows end and answers grow, so a rollout hardly comes back to a shape: the last few recordings are kept. They die with
-    the rollout, because the update has no memory to spare for them; what is recorded again is some thirty steps.
-    """
-
-    works = True  # until this process has seen a recording fail
-
-    def __init__(self):
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()  # the graphs by shape, the latest used last
-
-    def __call__(self, decoder: Decoder, rows: int) -> None:
-        shape = rows, decoder.cache.columns(1)
-        is_new, graph = shape not in self.graphs, self.graphs.pop(shape, None)
-        if self.works and graph is None and not is_new:
-            graph = self._record(decoder, rows)
-        if graph is None:
-            decoder._step(rows)
-        else:
-            graph.replay()
-            decoder.cache.span += 1
-        self.graphs[shape] = graph
-        if len(self.graphs) > GRAPHS_KEPT:
-            del self.graphs[next(iter(self.graphs))]
-
-    def _record(self, decoder: Decoder, rows: int) -> "torch.cuda.CUDAGraph | None":
-        """Record a step without running it. None if that fails; nothing has changed then."""
-        graph, span, collects = torch.cuda.CUDAGraph(), decoder.cache.span, gc.isenabled()
-        gc.disable()  # the destructor of something that touches the driver would spoil the recording
-        try:
-            # The outer context gives the stream back even where the inner one fails to end the recording.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
-                decoder._step(rows)
-        except RuntimeError as error:
-            _GraphedStep.works = False
-            self.graphs.clear()
-            reason = str(error.__context__ or error).splitlines()[0]
-            warnings.warn(f"a decode step cannot be recorded as a CUDA graph ({reason}); answers stay the same, but sampling is "
-                          "slower from now on. Where memory is short, lower model.memory_gib", stacklevel=2)
-            return None
-        finally:
-            decoder.cache.span = span
-            if collects:
-                gc.enable()
-        return graph

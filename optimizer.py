@@ -9,18 +9,17 @@ The bf16 weight is the master rounded to nearest, the arithmetic is that of floa
 instead of the 4 of a separate master.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from cuda import StreamedState
 from data_types import ALONE, Alone
 from flat import ALIGNMENT, flat_gradient, flat_weights
 
 # Weights updated at a time: bounds the float32 temporaries, which fit into a CPU's cache, and what is in transit when offloaded.
 PIECE = {"cpu": 2**18, "cuda": 2**21}
-IN_TRANSIT = 3  # pieces on the device at once when offloaded: one fetched, one computed, one written back
 
 
 class AdamW:
@@ -49,10 +48,7 @@ class AdamW:
         self.offloaded = offload and weights.is_cuda
         home = "cpu" if self.offloaded else weights.device
         self.state = {name: torch.zeros(self.own.stop - self.own.start, dtype=dtype, device=home) for name, dtype in dtypes.items()}
-        if self.offloaded:
-            self.up, self.down = torch.cuda.Stream(weights.device), torch.cuda.Stream(weights.device)
-            for tensor in self.state.values():
-                _page_lock(tensor)
+        self.streamed = StreamedState(list(self.state.values()), weights.device) if self.offloaded else None
 
     @staticmethod
     def state_bytes_per_weight(dtype: torch.dtype) -> int:
@@ -70,7 +66,8 @@ class AdamW:
         size = PIECE[weights.device.type]
         places = [slice(start, min(start + size, len(own_weights))) for start in range(0, len(own_weights), size)]
         changed = torch.zeros(2, device=weights.device)
-        for place, state in zip(places, self._on_device(places), strict=True):
+        resident = ([tensor[place] for tensor in self.state.values()] for place in places)
+        for place, state in zip(places, self.streamed.pieces(places) if self.offloaded else resident, strict=True):
             changed += self._update(own_weights[place], own_gradient[place], *state)
         self.processes.all_gather(weights, self.parts)
         changed = torch.tensor(self.processes.share([changed.tolist()])).sum(dim=0)
@@ -117,42 +114,6 @@ class AdamW:
         low.copy_(new_low)
         return torch.stack((changed_stored, changed))
 
-    def _on_device(self, places: list[slice]) -> Iterator[list[Tensor]]:
-        """The state of each place, on the weights' device, to be overwritten before the next is asked for."""
-        if not self.offloaded:
-            for place in places:
-                yield [tensor[place] for tensor in self.state.values()]
-            return
-        device = self.params[0].device
-        compute, up, down = torch.cuda.current_stream(device), self.up, self.down
-        sets = [[torch.empty_like(tensor[places[0]], device=device) for tensor in self.state.values()] for _ in range(IN_TRANSIT)]
-        up.wait_stream(compute)  # whoever had this memory before may still be at work in it
-        written = []  # the event after which a piece is home again, and what held it is free
-
-        def fetch(i):
-            held = [tensor[: places[i].stop - places[i].start] for tensor in sets[i % IN_TRANSIT]]
-            if i >= IN_TRANSIT:
-                up.wait_event(written[i - IN_TRANSIT])
-            with torch.cuda.stream(up):
-                for tensor, home in zip(held, self.state.values(), strict=True):
-                    tensor.copy_(home[places[i]], non_blocking=True)
-                return held, up.record_event()
-
-        ahead = fetch(0)
-        for i, place in enumerate(places):
-            state, arrived = ahead
-            if i + 1 < len(places):
-                ahead = fetch(i + 1)
-            compute.wait_event(arrived)
-            yield state
-            down.wait_event(compute.record_event())
-            with torch.cuda.stream(down):
-                for tensor, home in zip(state, self.state.values(), strict=True):
-                    home[place].copy_(tensor, non_blocking=True)
-                written.append(down.record_event())
-        down.synchronize()
-
-
 def join_bits(weight: Tensor, low: Tensor) -> Tensor:
     """The float32 master of a bf16 weight and its 16 low bits."""
     return ((weight.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
@@ -163,12 +124,3 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def _page_lock(tensor: Tensor) -> None:
-    """Lock memory where it lies: PyTorch's own pinned allocations are rounded up to a power of two."""
-    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    if int(error) != 0:
-        raise RuntimeError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
-                           "`ulimit -l`, or set optimizer.offload=false")
-    weakref.finalize(tensor, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr())

@@ -1,23 +1,14 @@
 """Text to token ids and back, the model's own chat template, and the ids that end an answer."""
 
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer as FastTokenizer
 
+from chat_template import ChatTemplate
 from published_format import read_json, read_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-
-
-MAX_CHARS, MAX_LINES = 10**7, 10**6  # that a chat template may write, and may run: some 50 a message
 
 
 class Tokenizer:
@@ -35,14 +26,10 @@ class Tokenizer:
         self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
         pad_id = fast.token_to_id(_content(settings.get("pad_token")))
         self.pad_id = min(stop_ids) if pad_id is None else pad_id
-        # A chat template is code from whoever published the model: the sandbox lets it format, and nothing else.
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _raise_template_error
         try:
-            self._template = environment.from_string(template)
-        except Exception as error:  # too deep for the parser, too many loops for Python, …
-            raise ValueError(f"{directory}: the chat template does not parse ({error}); fetch the model again") from None
+            self._template = ChatTemplate(template)
+        except ValueError as error:
+            raise ValueError(f"{directory}: the chat template {error}; fetch the model again") from None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
@@ -79,55 +66,15 @@ class Tokenizer:
         """
         special = {name: _content(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            text = ""
-            with _limited_lines():
-                for piece in self._template.generate(messages=messages, add_generation_prompt=True, tools=None, **special):
-                    text += piece
-                    if len(text) > MAX_CHARS:
-                        raise SecurityError(f"it writes more than {MAX_CHARS:,} characters")
-            return text
-        except Exception as error:  # whatever the template's code raises is the template's fault
-            raise ValueError(f"{self._directory}: the chat template fails: {error}; fetch the model again") from None
+            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
+        except ValueError as error:
+            raise ValueError(f"{self._directory}: the chat template {error}; fetch the model again") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the tokenizer's files as they were published."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context, operator, left, right):
-        """The operators by which few lines make a text or a number that fills the memory."""
-        if operator == "**" or not all(isinstance(value, int) and abs(value) < 10**9 for value in (left, right)):
-            raise SecurityError(f"{operator} is only for small products")
-        return left * right
-
-    def unsafe_undefined(self, obj, attribute):
-        """An attribute out of bounds ends the rendering; jinja2 alone would print it as nothing."""
-        raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
-
-
-@contextmanager
-def _limited_lines() -> Iterator[None]:
-    """Within, Python runs at most MAX_LINES lines: loops within loops end, whatever they do and wherever they stand."""
-    lines = 0
-
-    def count(frame, event, argument):
-        nonlocal lines
-        lines += event == "line"
-        if lines > MAX_LINES:
-            raise SecurityError(f"it runs for more than {MAX_LINES:,} lines")
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def _stop_ids(directory: Path, fast: FastTokenizer, settings: dict) -> frozenset[int]:
@@ -146,7 +93,3 @@ def _content(token: str | dict | None) -> str:
     """A special token is published as its text, or as a dict around it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
-
-
-def _raise_template_error(message: str):
-    raise TemplateError(message)

@@ -9,7 +9,6 @@ Everything random is a function of (training.seed, purpose, step), so a run need
 evaluation draws from nobody's stream.
 """
 
-import functools
 import sys
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from generate import seeded_generator
 from grpo import rollout, update_policy
 from harness.run import Run
-from harness.tasks import make_question
+from harness.tasks import draw_problems, make_question
 from optimizer import AdamW
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
@@ -70,17 +69,6 @@ def main(argv: list[str] | None = None) -> int:
             run.log_step(step, questions, episodes, stats)  # and saves a checkpoint when one is due
         evaluate(training.max_steps)
     return run.exit_code
-
-
-def draw_problems(problems, step: int, *, count: int, seed: int) -> list[dict]:
-    """The problems of a step: the next `count` of a shuffled pass over all of them, and so on pass after pass."""
-    places = range((step - 1) * count, step * count)
-    return [problems[shuffled(len(problems), seed, place // len(problems))[place % len(problems)]] for place in places]
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(total: int, seed: int, number: int) -> list[int]:
-    return torch.randperm(total, generator=seeded_generator(seed, "order", number)).tolist()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from generate import CUDA_CHECK_INTERVAL, GRAPHS_KEPT, free_bytes
+from cuda import CHECK_INTERVAL, GRAPHS_KEPT, IN_TRANSIT, free_bytes
 from grpo import LOGIT_CHUNK_BYTES
 from harness.config import Config, load_config
 from harness.cpu import packs_for_decoding
-from optimizer import IN_TRANSIT, PIECE, AdamW
+from optimizer import PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
     rollout = fixed | {"prompts": prompt_bytes * questions}
     if config.model.device == "cuda":
         rollout["graphs of the decode step"] = GRAPHS_KEPT * GRAPH_BYTES * step_kernels(shape)
-    ahead = CUDA_CHECK_INTERVAL * KVCache.bytes_per_token(shape, dtype)  # columns of tokens drawn before somebody looks
+    ahead = CHECK_INTERVAL * KVCache.bytes_per_token(shape, dtype)  # columns of tokens drawn before somebody looks
     if packs_for_decoding(config.model.device, dtype):
         rollout["weights, packed for decoding"] = weights
     cache_rows = int(min(answers, (budget - sum(rollout.values())) // (row_bytes + ahead + step_bytes)))

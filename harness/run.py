@@ -7,6 +7,7 @@ A checkpoint stands between a step and the evaluation that follows it.
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 
 from data_types import ALONE, Episode, Parting, Question, UpdateStats
 from flat import flat_weights, norm
+from generate import check_length
 from grpo import episode_advantages
 from harness import console, cpu
 from harness.checkpoint import (
@@ -38,7 +40,7 @@ from harness.console import say
 from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
 from harness.plan import GIB, find_shape, make_plan
-from harness.tasks import guard_reward, load_problems, load_task
+from harness.tasks import draw_problems, guard_reward, load_problems, load_task, make_question
 from optimizer import AdamW
 from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
@@ -208,10 +210,7 @@ class Run:
             raise ValueError(f"{self.source}: the tokenizer has {tokenizer.vocab_size} entries, the model only "
                              f"{model.config.vocab_size} rows; they belong to different models")
         self._check_what_it_was_made_for(tokenizer)
-        longest, limit = max(len(q.prompt_token_ids) for q in held_out), model.config.max_position_embeddings
-        if longest + config.training.max_gen_len > limit:
-            raise ValueError(f"a prompt of {longest} tokens and training.max_gen_len={config.training.max_gen_len} exceed the "
-                             f"model's max_position_embeddings={limit}; lower training.max_gen_len")
+        self._check_lengths(model.config, tokenizer, held_out)
         if self.saved_state:
             optimizer.load_state_dict({"steps": self.place.optimizer_steps, **self.saved_state})
             self.saved_state = None
@@ -229,6 +228,22 @@ class Run:
         say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
             f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps"
             + (f", {self.processes.size} processes" if self.processes.size > 1 else ""))
+
+    def _check_lengths(self, shape: Qwen2Config, tokenizer: Tokenizer, held_out: list[Question]) -> None:
+        """Of every prompt that the run will use: now, and not after days."""
+        training, steps = self.config.training, range(self.place.step + 1, self.config.training.max_steps + 1)
+        count = training.num_questions_per_batch
+        drawn = (make_question(self.task, problem, tokenizer) for step in steps
+                 for problem in draw_problems(self.problems[0], step, count=count, seed=training.seed))
+        total, hidden = len(held_out) + len(steps) * count, self.processes.rank > 0
+        with console.bar("start: lengths of the prompts", total, "prompts", hidden=hidden) as shown:
+            for question in itertools.chain(held_out, drawn):
+                try:
+                    check_length(shape, len(question.prompt_token_ids), training.max_gen_len)
+                except ValueError as error:
+                    raise ValueError(f"the problem {question.problem!r:.300}: {error}") from None
+                shown.update()
+                self.signals.check()
 
     def _check_what_it_was_made_for(self, tokenizer: Tokenizer) -> None:
         """The small base model knows the prompt that warm_start.py taught it, and nothing else."""

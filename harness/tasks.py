@@ -8,6 +8,7 @@ A task is a module with three functions, found by the name in the config (`task:
     parse_question(text: str) -> dict                       optional: lets evaluate.py --ask take a question
 """
 
+import functools
 import importlib
 import inspect
 import io
@@ -27,7 +28,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from data_types import Question, Reward
+from generate import seeded_generator
 from harness.logs import printable
 from tokenizer import Tokenizer
 
@@ -66,6 +70,17 @@ def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence
             raise ValueError(f"task={task.__name__!r}: reward_function cannot be called with a response and the keys of the {kind} "
                              f"problem {problems[0]!r:.300} ({error}); let it take each key by its name") from None
     return train, test
+
+
+def draw_problems(problems: Sequence[dict], step: int, *, count: int, seed: int) -> list[dict]:
+    """The problems of a step: the next `count` of a shuffled pass over all of them, and so on pass after pass."""
+    places = range((step - 1) * count, step * count)
+    return [problems[_shuffled(len(problems), seed, place // len(problems))[place % len(problems)]] for place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(total: int, seed: int, number: int) -> list[int]:
+    return torch.randperm(total, generator=seeded_generator(seed, "order", number)).tolist()
 
 
 def make_question(task: ModuleType, problem: dict, tokenizer: Tokenizer) -> Question:

@@ -243,7 +243,7 @@ def raise_an_error(_):
 # Catches: saving on signals only.
 @pytest.mark.parametrize(("name", "spoil", "call", "message"), [
     ("reward_function", raise_an_error, HELD_OUT + 2 * ANSWERS + 7, "out of words"),
-    ("render_prompt", lambda prompt: prompt + "x" * 2500, HELD_OUT + 2 * 4 + 3, "exceed the model's"),
+    ("render_prompt", lambda prompt: prompt + "x" * 2500, HELD_OUT + 6 * 4 + 2 * 4 + 3, "exceed the model's"),
 ])  # fmt: skip
 def test_a_task_that_fails_in_step_3_costs_that_step(name, spoil, call, message, base_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(letters_task, name, Planted(getattr(letters_task, name), spoil, [call]))
