@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda import CHECK_INTERVAL, GraphedStep, free_bytes, row_bucket
 from data_types import UNWATCHED, Watch
+from gpu import CHECK_INTERVAL, GraphedStep, free_bytes, row_bucket
 from qwen2_model import KVCache, Qwen2Config, Transformer
 
 IMPOSSIBLE = -1e30  # logit of an id that must not be drawn; finite, because 0 * log 0 is asked for in the entropy

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cuda import StreamedState
 from data_types import ALONE, Alone
 from flat import ALIGNMENT, flat_gradient, flat_weights
+from gpu import StreamedState
 
 # Weights updated at a time: bounds the float32 temporaries, which fit into a CPU's cache, and what is in transit when offloaded.
 PIECE = {"cpu": 2**18, "cuda": 2**21}

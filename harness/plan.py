@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cuda import CHECK_INTERVAL, GRAPHS_KEPT, IN_TRANSIT, free_bytes
+from gpu import CHECK_INTERVAL, GRAPHS_KEPT, IN_TRANSIT, free_bytes
 from grpo import LOGIT_CHUNK_BYTES
 from harness.config import Config, load_config
 from harness.cpu import packs_for_decoding

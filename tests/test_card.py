@@ -21,13 +21,13 @@ from test_optimizer import SETTINGS, assert_equal, random_grads, random_params, 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import cuda
 import generate as module
+import gpu
 import grpo
 import optimizer as optimizer_module
-from cuda import GRAPHS_KEPT, StreamedState, row_bucket
 from flat import allocate, flat_gradient, flat_weights, zero_gradient
 from generate import Sampling
+from gpu import GRAPHS_KEPT, StreamedState, row_bucket
 from harness.config import load_config
 from harness.plan import PROMPT_TOKENS, find_shape, make_plan, step_kernels
 from optimizer import AdamW
@@ -134,11 +134,11 @@ def card(monkeypatch):
     for name, stand_in in (("CUDAGraph", EmulatedGraph), ("graph", record_graph), ("graph_pool_handle", object),
                            ("current_stream", lambda device=None: None), ("stream", lambda stream: nullcontext())):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(cuda.GraphedStep, "works", True)
-    fixed = {"interval": cuda.CHECK_INTERVAL, "round_up": staticmethod(row_bucket)}
+    monkeypatch.setattr(gpu.GraphedStep, "works", True)
+    fixed = {"interval": gpu.CHECK_INTERVAL, "round_up": staticmethod(row_bucket)}
 
     def __setattr__(self, name, value):
-        object.__setattr__(self, name, cuda.GraphedStep() if name == "step" else fixed.get(name, value))
+        object.__setattr__(self, name, gpu.GraphedStep() if name == "step" else fixed.get(name, value))
 
     monkeypatch.setattr(module, "Decoder", type("OnCard", (module.Decoder,), {"__setattr__": __setattr__}))
 
@@ -151,14 +151,14 @@ def test_replayed_steps_draw_what_plain_ones_do(slots, card, monkeypatch):
     plain_step, plain = module.Decoder._step, []
     wanted = random_wanted(slots)
     monkeypatch.setattr(module.Decoder, "_step", lambda self, rows: (plain.append(rows), plain_step(self, rows))[1])
-    graphed_step = cuda.GraphedStep.__call__
+    graphed_step = gpu.GraphedStep.__call__
 
     def count_columns(self, decoder, rows):
         before = decoder.cache.span
         graphed_step(self, decoder, rows)
         assert decoder.cache.span == before + 1
 
-    monkeypatch.setattr(cuda.GraphedStep, "__call__", count_columns)
+    monkeypatch.setattr(gpu.GraphedStep, "__call__", count_columns)
     assert_same_samples(run(cache_bytes=slots * ROW_BYTES), wanted)
     assert EmulatedGraph.replays > len(plain), "more plain or recorded steps than replayed ones"
     assert gc.isenabled()
@@ -311,7 +311,7 @@ def test_streamed_state_is_the_same_whatever_runs_first(order, monkeypatch):
     device = EmulatedDevice(order)
     streams = iter((device.up, device.down))
     monkeypatch.setattr(torch.cuda, "Stream", lambda of: next(streams))
-    monkeypatch.setattr(cuda, "_page_lock", lambda tensor: None)
+    monkeypatch.setattr(gpu, "_page_lock", lambda tensor: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda of=None: device.compute)
     streamed.offloaded, streamed.streamed = True, StreamedState(list(streamed.state.values()), torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "stream", device.stream)
@@ -433,7 +433,7 @@ def test_a_decode_step_needs_what_is_planned(config, memory, meta_card, monkeypa
         self.in_use, self.cache.span = rows, longest - 2
 
     monkeypatch.setattr(module.Decoder, "turn_over", admit)
-    fixed = {"interval": cuda.CHECK_INTERVAL}
+    fixed = {"interval": gpu.CHECK_INTERVAL}
     on_card = type("OnCard", (module.Decoder,), {
         "__setattr__": lambda self, name, value: object.__setattr__(self, name, fixed.get(name, value))
     })  # fmt: skip
