@@ -12,7 +12,7 @@ Dimension key: N questions, M answers a question, S tokens of a packed row, P re
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from tokenizer import Tokenizer
 # Logits of a chunk of the loss, counted in float32. Each chunk adds to the head's gradient once. In bf16 that rounds: over
 # 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where the products themselves leave
 # 1.3 %; a gradient is noisier than that by far. A CPU is fastest where a chunk stays in its cache.
-LOGIT_CHUNK_BYTES = {"cpu": 24 * 1000**2, "cuda": 160 * 1000**2}
+LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
 # ---------------------------------------------------------------- sample and score
@@ -121,56 +121,60 @@ def token_loss(logprobs_P: Tensor, row: Row, num_tokens: int) -> Tensor:
     return -(row.advantages_P * logprobs_P).sum() / num_tokens
 
 
-def response_logprobs(
-    model: Transformer, row: Row, *, temperature: float, vocab_size: int, checkpoint_layers: int = 0
-) -> Tensor:
-    """log π of each response token of a packed row (P,), float32, nats, by the distribution that the sampler drew from."""
+def row_loss(
+    model: Transformer, row: Row, num_tokens: int, *, temperature: float, vocab_size: int, checkpoint_layers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The token_loss of a packed row, to be differentiated, and log π of each of its response tokens (P,), float32, nats.
+
+    π is the distribution that the sampler drew from.
+    """
     attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
-    return TargetLogprobs.apply(hidden_1SE[0, row.sources_P], row.targets_P, model, temperature, vocab_size)
+    return ChunkedLoss.apply(hidden_1SE[0, row.sources_P], model, row, num_tokens, temperature, vocab_size)
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log π(target_p) from hidden states, in which no more than a chunk of the logits (P, V) ever exists.
+class ChunkedLoss(torch.autograd.Function):
+    """token_loss from hidden states, in which no more than a chunk of the logits (P, V) ever exists.
 
-    Neither pass keeps logits: the backward pass computes a chunk's again, and from them
-        d log π(target_p) / d logits_p = (onehot(target_p) - π_p) / temperature.
-    It adds the head's gradient to the one that stands, because another matrix of its size would be the largest thing in memory.
+    The loss is a sum over tokens. So the gradient of a chunk is taken as soon as its logits are there, and they are not computed
+    again: with g_p = d loss / d log π(target_p), which autograd takes of token_loss,
+        d loss / d logits_p = g_p (onehot(target_p) - π_p) / temperature.
+    The head's gradient is added to the one that stands, because another matrix of its size would be the largest thing in memory.
     """
 
     @staticmethod
-    def forward(ctx, hidden_PE: Tensor, targets_P: Tensor, model: Transformer, temperature: float, vocab_size: int) -> Tensor:
-        ctx.save_for_backward(hidden_PE, targets_P)
-        ctx.model, ctx.temperature, ctx.vocab_size = model, temperature, vocab_size
-        logprobs_P = hidden_PE.new_empty(len(hidden_PE), dtype=torch.promote_types(hidden_PE.dtype, torch.float32))
-        for hidden_CE, targets_C, logprobs_C in _chunks(model, hidden_PE, targets_P, logprobs_P):
-            logits_CV = model.logits(hidden_CE).to(logprobs_P.dtype)
-            logprobs_C.copy_(log_probs(logits_CV, temperature, vocab_size).gather(1, targets_C[:, None])[:, 0])
+    def forward(ctx, hidden_PE: Tensor, model: Transformer, row: Row, num_tokens: int, temperature: float, vocab_size: int):
+        head_VE, learns = model.head_weight_VE, ctx.needs_input_grad[0]
+        if learns and head_VE.grad is None:
+            head_VE.grad = torch.zeros_like(head_VE)
+        ctx.grad_hidden_PE, losses, logprobs = torch.empty_like(hidden_PE) if learns else None, [], []
+        size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
+        for i, part in enumerate(row.parts(size)):
+            hidden_CE, targets_C1 = hidden_PE[i * size : (i + 1) * size], part.targets_P[:, None]
+            logits_CV = model.logits(hidden_CE)
+            logprobs_CV = log_probs(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)), temperature, vocab_size)
             del logits_CV  # what is large dies before its successor is made
-        return logprobs_P
+            logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
+            with torch.enable_grad():
+                loss = token_loss(logprobs_C, part, num_tokens)
+            losses.append(loss.detach())
+            logprobs.append(logprobs_C.detach())
+            if learns:
+                grad_C1 = torch.autograd.grad(loss, logprobs_C)[0][:, None] / temperature
+                grad_CV = logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1).to(head_VE.dtype)
+                torch.mm(grad_CV, head_VE, out=ctx.grad_hidden_PE[i * size : (i + 1) * size])
+                head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
+                del grad_CV
+            del logprobs_CV
+        logprobs_P = torch.cat(logprobs)
+        ctx.mark_non_differentiable(logprobs_P)
+        return torch.stack(losses).sum(), logprobs_P
 
     @staticmethod
-    def backward(ctx, grad_P: Tensor):
-        hidden_PE, targets_P = ctx.saved_tensors
-        head_VE, grad_hidden_PE = ctx.model.head_weight_VE, torch.empty_like(hidden_PE)
-        if head_VE.grad is None:
-            head_VE.grad = torch.zeros_like(head_VE)
-        grad_P = grad_P / ctx.temperature
-        for hidden_CE, targets_C, grad_C, grad_hidden_CE in _chunks(ctx.model, hidden_PE, targets_P, grad_P, grad_hidden_PE):
-            logits_CV = ctx.model.logits(hidden_CE).to(grad_P.dtype)
-            probs_CV = log_probs(logits_CV, ctx.temperature, ctx.vocab_size).exp_()
-            del logits_CV
-            grad_CV = probs_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None]).to(head_VE.dtype)
-            torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
-            head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
-            del probs_CV, grad_CV
-        return grad_hidden_PE, None, None, None, None
-
-
-def _chunks(model: Transformer, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    head_VE = model.head_weight_VE
-    rows = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
-    return zip(*(t.split(rows) for t in tensors), strict=True)
+    def backward(ctx, grad_loss: Tensor, _):
+        if grad_loss != 1:
+            raise ValueError(f"the loss of a row was multiplied by {float(grad_loss):g}; do it in token_loss, which autograd sees")
+        return ctx.grad_hidden_PE, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- learn
@@ -218,23 +222,20 @@ def update_policy(
     with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
         for r in own_rows:
             row = rows[r].to(gradient.device)
-            logprobs_P = response_logprobs(
-                model, row, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
+            loss, logprobs_P = row_loss(
+                model, row, num_tokens, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
             )  # fmt: skip
-            row_loss = token_loss(logprobs_P, row, num_tokens)
-            row_loss.backward()
-            results.append((r, row_loss.item(), (logprobs_P.detach() - row.sampler_logprobs_P).abs().cpu()))
+            loss.backward()
+            results.append((r, loss.item(), (logprobs_P - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
+            del loss, logprobs_P, row  # or what they hold would lie scattered among the next row's activations
 
-    loss, differences, broken = 0.0, [], set()
-    for r, row_loss, difference_P in sorted(processes.share(results), key=lambda result: result[0]):
-        loss += row_loss
-        differences.append(difference_P)
-        if not math.isfinite(row_loss):
-            broken |= set(rows[r].question_ids)
+    results = sorted(processes.share(results), key=lambda result: result[0])
+    total_loss = sum(loss for _, loss, _ in results)
+    broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
     gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))
     grad_norm = math.hypot(*processes.share([norm(gradient)]))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in run})
     if grad_norm > max_grad_norm:
@@ -243,9 +244,9 @@ def update_policy(
         changed = optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
-    difference_P = torch.cat(differences)
+    difference_P = torch.cat([difference_P for _, _, difference_P in results])
     return UpdateStats(
-        loss=loss, grad_norm=grad_norm, num_tokens=num_tokens,
+        loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens,
         logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
         weights_changed=stored, weights_changed_fp32=exact,
     )  # fmt: skip

@@ -48,6 +48,12 @@ class Row:
         moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def parts(self, size: int) -> Iterator["Row"]:
+        """The same row again and again, each time with other `size` of its scored response tokens."""
+        names = [name for name in vars(self) if name.endswith("_P")]
+        for tensors in zip(*(getattr(self, name).split(size) for name in names), strict=True):
+            yield replace(self, **dict(zip(names, tensors, strict=True)))
+
 
 def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int, multiple: int = 1) -> Iterator[Row]:
     """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import countdown_task
 from data_types import Episode, Reward
 from flat import allocate, zero_gradient
-from grpo import response_logprobs
+from grpo import row_loss
 from harness import cpu
 from harness.config import load_config
 from packing import pack_rows
@@ -244,10 +244,9 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
         num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
         zero_gradient(model.parameters())
         for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
-            logprobs_P = response_logprobs(model, row, temperature=1.0, vocab_size=tokenizer.vocab_size)
-            row_loss = -logprobs_P.sum() / num_tokens
-            row_loss.backward()
-            loss += row_loss.item()
+            part, _ = row_loss(model, row, num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
+            part.backward()
+            loss += part.item()
         left = 1 - step / steps
         muon.step(lr=LEARNING_RATE_MATRICES * left)
         adamw.param_groups[0]["lr"] = LEARNING_RATE_OTHERS * left

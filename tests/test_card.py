@@ -398,6 +398,7 @@ def meta_card(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_attention)
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x_BSE: FusedNorm.apply(x_BSE, self.weight))
     monkeypatch.setattr(torch.Tensor, "unique", unique_of_meta)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)  # asked once a row, of its loss
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "meta", grpo.LOGIT_CHUNK_BYTES["cuda"])
     monkeypatch.setitem(optimizer_module.PIECE, "meta", optimizer_module.PIECE["cuda"])
     return Census()
@@ -466,11 +467,9 @@ def test_an_update_needs_what_is_planned(config, memory, meta_card):
         allocate(model, device="meta", dtype=torch.bfloat16)
         gradient = zero_gradient(model.parameters())
         row = row.to(gradient.device)
-        logprobs_P = grpo.response_logprobs(
-            model, row, temperature=1.0, vocab_size=151665, checkpoint_layers=plan.checkpoint_layers
-        )  # fmt: skip
-        grpo.token_loss(logprobs_P, row, 1).backward()
-        del logprobs_P
+        loss, _ = grpo.row_loss(model, row, 1, temperature=1.0, vocab_size=151665, checkpoint_layers=plan.checkpoint_layers)
+        loss.backward()
+        del loss
         gradient_peak, meta_card.peak = meta_card.peak, meta_card.live
         optimizer = AdamW(model.parameters(), lr=1e-6)
         optimizer.steps = 1

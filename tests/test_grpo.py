@@ -17,8 +17,9 @@ import grpo
 from countdown_task import render_prompt
 from data_types import Episode, Question, Reward
 from generate import Sampling, generate_one
-from grpo import TargetLogprobs, episode_advantages, group_advantages, rollout, token_loss, update_policy
+from grpo import ChunkedLoss, episode_advantages, group_advantages, rollout, token_loss, update_policy
 from optimizer import AdamW
+from packing import Row
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -338,7 +339,7 @@ def test_the_loss_by_hand():
 
 
 class Head:
-    """What TargetLogprobs asks of a model: the head, its product and the gradient that stands."""
+    """What ChunkedLoss asks of a model: the head, its product and the gradient that stands."""
 
     def __init__(self, weight_VE, product=lambda hidden, weight: hidden @ weight.t()):
         self.head_weight_VE, self.product = weight_VE, product
@@ -348,41 +349,62 @@ class Head:
         return self.product(hidden_PE, self.head_weight_VE.detach())
 
 
+def scored(targets_P, advantages_P) -> Row:
+    """What ChunkedLoss asks of a row."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Row(nothing, nothing, [], torch.zeros_like(targets_P), targets_P, advantages_P, torch.zeros(len(targets_P)), [0])
+
+
+TARGETS_P = torch.tensor([0, 3, 10, 3, 9, 1, 1])
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-def test_target_logprobs_and_their_gradient_equal_autograds(chunk_rows, monkeypatch):
-    # Catches: `.mul_(-grad_C…)` -> `.mul_(grad_C…)`; `/ ctx.temperature` dropped; the head's gradient overwritten, not added to.
+def test_the_loss_in_chunks_and_its_gradient_equal_autograds(chunk_rows, monkeypatch):
+    # Catches: `.mul_(-grad_C1)` -> `.mul_(grad_C1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
     generator = torch.Generator().manual_seed(0)
     hidden_PE, head_VE = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 13))
-    targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator, dtype=torch.float64)
-    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
-    wanted = torch.autograd.grad((coefficients_P * wanted_P).sum(), (hidden_PE, head_VE))
-    head = Head(head_VE)
-    logprobs_P = TargetLogprobs.apply(hidden_PE, targets_P, head, 0.6, 11)
-    torch.testing.assert_close(logprobs_P, wanted_P)
-    (coefficients_P * logprobs_P).sum().backward()
-    torch.testing.assert_close(hidden_PE.grad, wanted[0])
-    torch.testing.assert_close(head_VE.grad - 5.0, wanted[1])
+    advantages_P = torch.randn(7, generator=generator, dtype=torch.float64)
+    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), TARGETS_P]
+    wanted_loss = -(advantages_P * wanted_P).sum() / 10
+    wanted = torch.autograd.grad(wanted_loss, (hidden_PE, head_VE))
+    loss, logprobs_P = ChunkedLoss.apply(hidden_PE, Head(head_VE), scored(TARGETS_P, advantages_P), 10, 0.6, 11)
+    loss.backward()
+    for got, exact in ((loss, wanted_loss), (logprobs_P, wanted_P), (hidden_PE.grad, wanted[0]), (head_VE.grad - 5.0, wanted[1])):
+        torch.testing.assert_close(got, exact)
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
-def test_target_logprobs_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
+def test_the_loss_in_chunks_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
     # As on CUDA. Catches: `.to(head_VE.dtype)` left out; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
     generator = torch.Generator().manual_seed(1)
     hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13))
-    targets_P, coefficients_P = torch.tensor([0, 3, 10, 3, 9, 1, 1]), torch.randn(7, generator=generator)
+    advantages_P = torch.randn(7, generator=generator)
     head = Head(head_VE, lambda hidden, weight: hidden.float() @ weight.float().t())
     head_VE.grad.zero_()
-    logprobs_P = TargetLogprobs.apply(hidden_PE, targets_P, head, 0.6, 11)
-    (coefficients_P * logprobs_P).sum().backward()
+    loss, logprobs_P = ChunkedLoss.apply(hidden_PE, head, scored(TARGETS_P, advantages_P), 10, 0.6, 11)
+    loss.backward()
     exact_hidden, exact_head = (t.detach().double().requires_grad_() for t in (hidden_PE, head_VE))
-    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), targets_P]
-    (coefficients_P * wanted_P).sum().backward()
-    assert logprobs_P.dtype == torch.float32
-    torch.testing.assert_close(logprobs_P.detach().double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
+    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), TARGETS_P]
+    (-(advantages_P * wanted_P).sum() / 10).backward()
+    assert logprobs_P.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(logprobs_P.double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
     for got, exact in ((hidden_PE.grad, exact_hidden.grad), (head_VE.grad, exact_head.grad)):
         assert float((got.double() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_the_loss_in_chunks_says_where_it_is_to_be_scaled_and_learns_nothing_without_grad():
+    # Catches: the check left out (the head's gradient would miss the factor); the head's gradient added under no_grad.
+    hidden_PE, head_VE = (torch.randn(n, 5, requires_grad=True) for n in (7, 13))
+    row = scored(TARGETS_P, torch.ones(7))
+    loss, _ = ChunkedLoss.apply(hidden_PE, Head(head_VE), row, 10, 1.0, 11)
+    with pytest.raises(ValueError, match=r"multiplied by 0\.5; do it in token_loss"):
+        (0.5 * loss).backward()
+    head = Head(head_VE)
+    with torch.no_grad():
+        ChunkedLoss.apply(hidden_PE.detach(), head, row, 10, 1.0, 11)  # as hidden states come under no_grad
+    assert (head_VE.grad == 5.0).all()
 
 
 # --- from the rollout to the update

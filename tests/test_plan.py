@@ -105,9 +105,9 @@ import resource, torch
 from harness import cpu
 if {keep}:
     cpu.prepare_process()
-for _ in range(8):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**26).fill_(1.0)
+    torch.empty(2**24).fill_(1.0)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -119,4 +119,4 @@ def test_freed_memory_is_kept():
     for keep in (False, True):
         result = subprocess.run([sys.executable, "-c", FREED.format(keep=keep)], capture_output=True, text=True, check=True)
         faults[keep] = [int(line) for line in result.stdout.split()]
-    assert sum(faults[True]) < sum(faults[False]) / 2, faults  # the heap may grow once or twice before a hole fits
+    assert sum(faults[True]) < sum(faults[False]) / 2, faults  # the heap may grow a few times before a hole fits

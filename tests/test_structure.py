@@ -37,7 +37,7 @@ ALLOWED = {
     "harness.logs": {"harness.console", "published_format"},
     "harness.parallel": {"data_types", "harness.plan"},
     "harness.metrics": {"data_types"},
-    "harness.tasks": {"harness.logs", "data_types", "tokenizer"},
+    "harness.tasks": {"harness.logs", "data_types", "generate", "tokenizer"},
     "harness.config": {"harness.tasks", "published_format"},
     "harness.plan": {"harness.config", "harness.cpu", "gpu", "grpo", "optimizer", "qwen2_model"},
     "harness.run": {
