@@ -223,7 +223,8 @@ def update_policy(
         for r in own_rows:
             row = rows[r].to(gradient.device)
             loss, logprobs_P = row_loss(
-                model, row, num_tokens, temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers
+                model, row, num_tokens,
+                temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers,
             )  # fmt: skip
             loss.backward()
             results.append((r, loss.item(), (logprobs_P - row.sampler_logprobs_P).abs().cpu()))
