@@ -1,14 +1,22 @@
-"""Group Relative Policy Optimization: rollout -> advantages -> loss -> one policy-gradient step.
+"""Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300): rollout -> advantages -> loss -> one policy-gradient step.
 
-How this departs from the GRPO of DeepSeekMath (arXiv:2402.03300), and why:
-1. One step a batch, so the policy that samples is the policy that learns: the importance ratio is 1 and needs no clip.
-2. No KL term and no reference model (DAPO, arXiv:2503.14476): the reward is a rule, which cannot be exploited by drift.
-3. Every response token of the batch weighs the same (DAPO's token-level loss); a mean per answer favours short ones.
+1. Sample M answers to each of N questions, and score each (rollout).
+2. Compare the answers to a question with each other: the advantage is the reward less the group's mean, in units of its standard
+   deviation (group_advantages). The group takes the place of a value network.
+3. Raise log π of each token of an answer in proportion to the answer's advantage (token_loss, update_policy).
+
+How this departs from the paper, and why:
+1. One step a batch, so the policy that samples is the policy that learns, up to rounding, which is measured: the importance ratio
+   is 1, its gradient is that of log π, and there is nothing to clip.
+2. No KL term and no reference model, as in DAPO (arXiv:2503.14476): the reward is a rule, no learned model that could be exploited.
+3. Every response token weighs the same (DAPO's token-level loss, here over the whole batch): with a mean per answer a token of a
+   short answer would weigh more than one of a long answer.
 4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering), but not out of the
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
+An episode is one answer with its reward; a row is a micro-batch, in which answers stand behind their prompts (packing.py).
 Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
-               E hidden size, V vocabulary.
+               E hidden size, V rows of the head, of which the first vocab_size stand for tokens.
 """
 
 import math
@@ -24,9 +32,8 @@ from packing import Row, attend_within, deal, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# Logits of a chunk of the loss, counted in float32. Each chunk adds to the head's gradient once. In bf16 that rounds: over
-# 40,000 tokens the gradient is off by 2.5 % at 64 MB and V = 151,936 and by 1.9 % at 160 MB, where the products themselves leave
-# 1.3 %; a gradient is noisier than that by far. A CPU is fastest where a chunk stays in its cache.
+# Logits of a chunk of the loss, counted in float32. Larger: fewer additions to the head's gradient, each of which rounds in bf16
+# (2.5 % off over 40,000 tokens at 64 MB, 1.9 % at 160, and 1.3 % are the products' own). Smaller: less memory.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
@@ -46,19 +53,21 @@ def rollout(
     cache_bytes: int | None = None,
     watch: Watch = UNWATCHED,
 ) -> list[Episode]:
-    """Sample num_answers answers to each question and score them (steps 2 and 3 of the algorithm in the README).
+    """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
     max_gen_len response tokens, whatever its prompt's length. cache_bytes: see generate. Of several processes each samples and
-    scores its part of the questions, and all get all episodes.
+    scores the answers to its part of the questions, and all get all episodes.
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
     prompts, processes = [question.prompt_token_ids for question in questions], watch.processes
     samples = generate(model, prompts, sampling, num_answers=num_answers, generator=generator, cache_bytes=cache_bytes, watch=watch)
+    first = processes.parts_of(len(questions))[processes.rank].start * num_answers  # samples are of this process's part
     episodes = []
     with watch.part("reward", len(samples)):
-        for i, sample in enumerate(samples, processes.parts_of(len(questions))[processes.rank].start * num_answers):
+        for i, sample in enumerate(samples, first):
             question = questions[i // num_answers]
+            # The stop token is learned, but not scored.
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
             episodes.append(
@@ -97,7 +106,7 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def episode_advantages(episodes: list[Episode]) -> list[float]:
-    """The advantage of each episode within the group of its question_id; over all answers, unfinished ones included."""
+    """The advantage of each episode within its group, unfinished ones included. Episodes may come in any order and number."""
     groups: dict[int, list[int]] = {}
     for i, episode in enumerate(episodes):
         groups.setdefault(episode.question_id, []).append(i)
@@ -116,7 +125,7 @@ def token_loss(logprobs_P: Tensor, row: Row, num_tokens: int) -> Tensor:
     """- sum_p A_p log π(token_p) / num_tokens: what these response tokens add to the batch's loss, nats per token.
 
     row: holds the advantage of the answer that each token belongs to. num_tokens: all kept response tokens of the batch,
-    however it is cut into rows, so that every token of it weighs the same (DAPO, arXiv:2503.14476, eq. 8).
+    however it is cut into rows, so that every token of it weighs the same.
     """
     return -(row.advantages_P * logprobs_P).sum() / num_tokens
 
@@ -124,9 +133,9 @@ def token_loss(logprobs_P: Tensor, row: Row, num_tokens: int) -> Tensor:
 def row_loss(
     model: Transformer, row: Row, num_tokens: int, *, temperature: float, vocab_size: int, checkpoint_layers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The token_loss of a packed row, to be differentiated, and log π of each of its response tokens (P,), float32, nats.
+    """The token_loss of a row, for backward(), and log π of each of its response tokens (P,), float32, nats.
 
-    π is the distribution that the sampler drew from.
+    π is the softmax of the first vocab_size logits / temperature, as in the sampler.
     """
     attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
@@ -136,10 +145,11 @@ def row_loss(
 class ChunkedLoss(torch.autograd.Function):
     """token_loss from hidden states, in which no more than a chunk of the logits (P, V) ever exists.
 
-    The loss is a sum over tokens. So the gradient of a chunk is taken as soon as its logits are there, and they are not computed
-    again: with g_p = d loss / d log π(target_p), which autograd takes of token_loss,
+    The loss is a sum over tokens, so the forward pass takes the gradient of a chunk while its logits are there, and they are not
+    computed again: with g_p = d loss / d log π(target_p), which autograd finds for whatever token_loss says,
         d loss / d logits_p = g_p (onehot(target_p) - π_p) / temperature.
-    The head's gradient is added to the one that stands, because another matrix of its size would be the largest thing in memory.
+    What that gives the head is added to its .grad at once (another matrix of its size would be the largest thing in memory);
+    what it gives the hidden states is kept, and all that the backward pass does is to hand it on.
     """
 
     @staticmethod
@@ -149,14 +159,14 @@ class ChunkedLoss(torch.autograd.Function):
             head_VE.grad = torch.zeros_like(head_VE)
         ctx.grad_hidden_PE, losses, logprobs = torch.empty_like(hidden_PE) if learns else None, [], []
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
-        for i, part in enumerate(row.parts(size)):
-            hidden_CE, targets_C1 = hidden_PE[i * size : (i + 1) * size], part.targets_P[:, None]
+        for i, chunk in enumerate(row.chunks(size)):
+            hidden_CE, targets_C1 = hidden_PE[i * size : (i + 1) * size], chunk.targets_P[:, None]
             logits_CV = model.logits(hidden_CE)
             logprobs_CV = log_probs(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)), temperature, vocab_size)
             del logits_CV  # what is large dies before its successor is made
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
-                loss = token_loss(logprobs_C, part, num_tokens)
+                loss = token_loss(logprobs_C, chunk, num_tokens)
             losses.append(loss.detach())
             logprobs.append(logprobs_C.detach())
             if learns:
@@ -193,30 +203,31 @@ def update_policy(
     checkpoint_layers: int = 0,
     watch: Watch = UNWATCHED,
 ) -> UpdateStats:
-    """One policy-gradient step on a batch of episodes (steps 4 to 6 of the algorithm in the README).
+    """One policy-gradient step on a batch of episodes.
 
-    loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|, with m_ij = 0 for an unfinished answer if
-    skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing; answers
-    whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
+    loss = - sum_ij m_ij A_ij sum_t log π(y_ij[t]) / sum_ij m_ij |y_ij|, where y_ij is answer j to question i, and m_ij = 0 for an
+    unfinished answer if skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing;
+    answers whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage is 0, or a number is not finite;
     broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
 
-    Several processes (watch.processes, those of the optimizer) share the rows, and the sum of their gradients is the gradient.
-    From the whole of it all decide alike; only the optimizer's step is taken in parts.
+    Several processes (watch.processes, those of the optimizer) divide the rows among them, and the sum of their gradients is the
+    gradient. All see the whole loss and the whole norm, so all decide alike; each then updates its part of the weights, and
+    optimizer.step puts the parts together.
     """
     processes = watch.processes
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     advantages = episode_advantages(episodes)
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
-    run = [i for i in kept if advantages[i] != 0]
+    learned = [i for i in kept if advantages[i] != 0]
     num_tokens = sum(len(episodes[i].response_token_ids) for i in kept)
     if broken := {e.question_id for e in episodes if not _is_finite(e)}:
         return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
-    if not run:
+    if not learned:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
 
-    gradient = zero_gradient(model.parameters())
-    rows = list(pack_rows([episodes[i] for i in run], [advantages[i] for i in run], micro_batch_tokens, processes.size))
+    gradient = zero_gradient(model.parameters())  # one flat tensor, of which every parameter's .grad is a view
+    rows = list(pack_rows([episodes[i] for i in learned], [advantages[i] for i in learned], micro_batch_tokens, processes.size))
     own_rows = deal([len(row.tokens_S) for row in rows], processes.size)[processes.rank]
     results = []  # of each own row: its number, its loss, how far the trainer's log-probabilities are from the sampler's
     with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
@@ -229,18 +240,21 @@ def update_policy(
             loss.backward()
             results.append((r, loss.item(), (logprobs_P - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
-            del loss, logprobs_P, row  # or what they hold would lie scattered among the next row's activations
+            del loss, logprobs_P, row  # freed now, or they scatter the next row's activations over the memory
 
-    results = sorted(processes.share(results), key=lambda result: result[0])
+    results = sorted(processes.share(results), key=lambda result: result[0])  # one order of adding, whoever ran which row
     total_loss = sum(loss for _, loss, _ in results)
     broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
-    gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))
-    grad_norm = math.hypot(*processes.share([norm(gradient)]))
-    if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
+    own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # the own part, in its place
+    grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
+    is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
+    if not is_finite or grad_norm == 0:
         optimizer.zero_grad(set_to_none=True)
-        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in run})
+        if is_finite:  # as where a variant clips every answer
+            return _no_step(num_tokens, "the gradient is 0")
+        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in learned})
     if grad_norm > max_grad_norm:
-        gradient.mul_(max_grad_norm / grad_norm)
+        own_gradient.mul_(max_grad_norm / grad_norm)
     with watch.part("optimizer", 1):
         changed = optimizer.step()
     optimizer.zero_grad(set_to_none=True)

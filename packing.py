@@ -48,7 +48,7 @@ class Row:
         moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
-    def parts(self, size: int) -> Iterator["Row"]:
+    def chunks(self, size: int) -> Iterator["Row"]:
         """The same row again and again, each time with other `size` of its scored response tokens."""
         names = [name for name in vars(self) if name.endswith("_P")]
         for tensors in zip(*(getattr(self, name).split(size) for name in names), strict=True):

@@ -1,12 +1,12 @@
-"""GRPO, the whole loop: draw questions, sample a group of answers to each, score them, learn from how they compare.
+"""GRPO (Group Relative Policy Optimization), the whole loop: draw questions, sample a group of answers to each, score them, learn.
 
     uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
 
-rollout and update_policy (grpo.py) are the algorithm. Everything else about a run, that it locks its directory, hears
-signals, logs, saves and goes on where it stopped, is the business of `run` (harness/run.py).
-
-Everything random is a function of (training.seed, purpose, step), so a run needs no random state to be resumed, and
-evaluation draws from nobody's stream.
+An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation. The update raises log π
+of each of its tokens in proportion. The group takes the place of a value network. All that is in rollout and update_policy
+(grpo.py); everything else about a run is the business of `run` (harness/run.py): it locks its directory, logs, saves, and ends the
+block below by an exception of its own where a signal asks for it. A resumed run goes on from the last checkpoint and makes the
+steps after it again, the same ones: everything random is a function of (training.seed, purpose, step).
 """
 
 import sys
@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]
-        run.begin(model, tokenizer, optimizer, held_out)
+        run.begin(model, tokenizer, optimizer, held_out)  # a resumed run's optimizer gets its state here
+        num_answers = training.batch_size // training.num_questions_per_batch  # the size of a group
 
         def evaluate(step: int) -> None:
-            """One answer to each held-out question, with the same random numbers each time."""
+            """One answer to each held-out question, at temperature 1, with the same random numbers each time."""
             with run.phase("evaluation") as watch:
                 episodes = rollout(
                     model, tokenizer, held_out, num_answers=1, max_gen_len=training.max_gen_len, temperature=1.0,
@@ -49,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
         for step in run.steps():
             if (step - 1) % training.eval_interval == 0:
-                evaluate(step - 1)
+                evaluate(step - 1)  # the model after so many updates
             problems = draw_problems(train_problems, step, count=training.num_questions_per_batch, seed=training.seed)
             questions = [make_question(task, problem, tokenizer) for problem in problems]
             with run.phase("rollout") as watch:
                 episodes = rollout(
-                    model, tokenizer, questions, num_answers=training.batch_size // training.num_questions_per_batch,
-                    max_gen_len=training.max_gen_len, temperature=training.temperature, reward_function=run.reward,
+                    model, tokenizer, questions, num_answers=num_answers, max_gen_len=training.max_gen_len,
+                    temperature=training.temperature, reward_function=run.reward,
                     generator=seeded_generator(training.seed, "rollout", step), cache_bytes=run.plan.cache_bytes, watch=watch,
                 )  # fmt: skip
             optimizer.lr = training.learning_rate * min(1.0, step / max(1, training.warmup_steps))

@@ -37,12 +37,15 @@ class Processes(Alone):
 
     def __init__(self):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        kept, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's static rendezvous keeps the store, with all that was said there, when it starts the processes again.
+        self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], kept) if kept.check(["begun"]) else kept
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        kept.set("begun", "")
         self._looked = time.monotonic()
 
     def share(self, items: list) -> list:

@@ -279,6 +279,12 @@ def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
     assert stats.broken_questions == [5]
 
 
+def test_a_gradient_of_zero_makes_no_step(monkeypatch):
+    # Catches: the optimizer fed zeros, by which its momentum would move the weights.
+    monkeypatch.setattr(grpo, "token_loss", lambda logprobs_P, row, num_tokens: 0.0 * logprobs_P.sum())
+    assert assert_no_step(random_model(), batch(True)).skipped == "the gradient is 0"
+
+
 def test_a_gradient_that_is_not_finite_makes_no_step():
     # Catches: the guard asking for the loss only.
     model = random_model()

@@ -268,21 +268,37 @@ def test_a_run_of_two_resumes_to_the_bit(base_model, tmp_path):
 TROUBLE = '''
 """The letters task, where something happens to one process at a step of its own counting."""
 import os, signal
+import torch
+import grpo
 from tests.letters_task import *
 from tests import letters_task
-calls = 0
+calls, updates, RANK, LAUNCHER = 0, [], os.getpid(), os.getppid()  # rewards are computed in another process
+
+who, what, once = (os.environ[name] for name in ("WHO", "WHAT", "ONCE"))
+
+def is_its_turn():
+    return os.environ["RANK"] == who and not os.path.exists(once)
+
+def zero_gradient(parameters, plain=grpo.zero_gradient):
+    updates.append(what)
+    if len(updates) == 3 and what == "memory" and is_its_turn():
+        open(once, "w").close()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return plain(parameters)
+
+grpo.zero_gradient = zero_gradient
+
 def reward_function(response, **problem):
     global calls
     calls += 1
-    if calls == 20 and os.environ["RANK"] == os.environ["WHO"] and not os.path.exists(os.environ["ONCE"]):
-        open(os.environ["ONCE"], "w").close()
-        what = os.environ["WHAT"]
+    if calls == 20 and is_its_turn() and what != "memory":
+        open(once, "w").close()
         if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(RANK, signal.SIGKILL)
         if what == "launcher":
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(LAUNCHER, signal.SIGTERM)
         if what == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(RANK, signal.SIGTERM)
         if what == "raise":
             raise RuntimeError("planted")
     return letters_task.reward_function(response, **problem)
@@ -298,7 +314,7 @@ def own_lines(output: str) -> list[str]:
 @pytest.mark.parametrize(("what", "who", "said"), [
     ("kill", 1, "error: rank 1 died without a word"), ("kill", 0, "error: rank 0 died without a word"),
     ("raise", 1, "rank 1: error: the reward function raised RuntimeError('planted')"),
-    ("term", 1, "rank 1: interrupted"), ("launcher", 0, "interrupted"),
+    ("term", 1, "rank 1: interrupted"), ("launcher", 0, "interrupted"), ("memory", 1, "memory is full in the update"),
 ])  # fmt: skip
 def test_what_ends_one_process_ends_all_with_one_message(what, who, said, base_model, tmp_path):
     # Catches: a process that fails without telling (the others wait for half an hour); each telling for itself.

@@ -263,7 +263,7 @@ MUTATIONS = [
     ("gspo", "part.mean()", "part.sum()"),
     ("kl", "- BETA * divergence_P", "+ BETA * divergence_P"),
     ("kl", "row.sampler_logprobs_P - logprobs_P\n", "logprobs_P - row.sampler_logprobs_P\n"),
-    ("kl", "    run = kept\n", "    run = [i for i in kept if advantages[i] != 0]\n"),
+    ("kl", "    learned = kept\n", "    learned = [i for i in kept if advantages[i] != 0]\n"),
     ("dynamic-sampling", "> 1:\n                kept", "> 0:\n                kept"),
     ("dynamic-sampling", "asked += missing", "asked += num_groups"),
     ("dynamic-sampling", "asked + e.question_id", "e.question_id"),
@@ -304,4 +304,5 @@ def test_a_patch_says_what_it_is_and_fits_a_screen(name):
     assert "arXiv:" in head
     changed = [line for line in diff.splitlines() if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
     assert 0 < len(changed) <= 30
-    assert f"`{name}`" in (ROOT / "variants" / "README.md").read_text()
+    added = sum(line[0] == "+" for line in changed)
+    assert f"| `{name}` | +{added} −{len(changed) - added} |" in (ROOT / "variants" / "README.md").read_text()

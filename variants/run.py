@@ -60,9 +60,10 @@ def row(name: str, seeds: list[int], settings: list[str]) -> str:
     for i, record in enumerate(mean):
         if "eval/success" in record:
             rates = [run[i]["eval/success"] for run in runs]
-            half = T_95[len(rates) - 2] * stdev(rates) / sqrt(len(rates)) if len(rates) > 1 else float("nan")
-            low, high = max(0.0, record["eval/success"] - half), min(1.0, record["eval/success"] + half)
-            mean[i] |= {"eval/success_low": low, "eval/success_high": high}
+            if len(rates) > 1:  # else the interval is that of the run's own questions
+                half = T_95[len(rates) - 2] * stdev(rates) / sqrt(len(rates))
+                low, high = max(0.0, record["eval/success"] - half), min(1.0, record["eval/success"] + half)
+                mean[i] |= {"eval/success_low": low, "eval/success_high": high}
             cells.append(_share(mean[i]))
     (ROOT / "runs" / "variants" / name).mkdir(exist_ok=True)
     (ROOT / "runs" / "variants" / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in mean))
