@@ -14,7 +14,8 @@ How this departs from the paper, and why:
 4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering), but not out of the
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
-An episode is one answer with its reward; a row is a micro-batch, in which answers stand behind their prompts (packing.py).
+An episode is one answer with its reward; a row is a micro-batch: prompts and answers in one sequence, where a token sees only its
+own (packing.py).
 Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
                E hidden size, V rows of the head, of which the first vocab_size stand for tokens.
 """
@@ -32,8 +33,8 @@ from packing import Row, attend_within, deal, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# Logits of a chunk of the loss, counted in float32. Larger: fewer additions to the head's gradient, each of which rounds in bf16
-# (2.5 % off over 40,000 tokens at 64 MB, 1.9 % at 160, and 1.3 % are the products' own). Smaller: less memory.
+# Logits of a chunk of the loss, counted in float32. Larger: fewer additions to the head's gradient, which round in bf16 (over
+# 40,000 tokens it is 2.5 % off at 64 MB, 1.9 % at 160; the products alone leave 1.3 %). Smaller: less memory.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
@@ -154,10 +155,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_PE: Tensor, model: Transformer, row: Row, num_tokens: int, temperature: float, vocab_size: int):
-        head_VE, learns = model.head_weight_VE, ctx.needs_input_grad[0]
-        if learns and head_VE.grad is None:
-            head_VE.grad = torch.zeros_like(head_VE)
-        ctx.grad_hidden_PE, losses, logprobs = torch.empty_like(hidden_PE) if learns else None, [], []
+        head_VE, losses, logprobs = model.head_weight_VE, [], []
+        if learns := ctx.needs_input_grad[0]:
+            ctx.grad_hidden_PE = torch.empty_like(hidden_PE)
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
         for i, chunk in enumerate(row.chunks(size)):
             hidden_CE, targets_C1 = hidden_PE[i * size : (i + 1) * size], chunk.targets_P[:, None]
@@ -208,7 +208,7 @@ def update_policy(
     loss = - sum_ij m_ij A_ij sum_t log π(y_ij[t]) / sum_ij m_ij |y_ij|, where y_ij is answer j to question i, and m_ij = 0 for an
     unfinished answer if skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing;
     answers whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
-    Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage is 0, or a number is not finite;
+    Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not finite;
     broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
 
     Several processes (watch.processes, those of the optimizer) divide the rows among them, and the sum of their gradients is the
@@ -245,12 +245,12 @@ def update_policy(
     results = sorted(processes.share(results), key=lambda result: result[0])  # one order of adding, whoever ran which row
     total_loss = sum(loss for _, loss, _ in results)
     broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
-    own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # the own part, in its place
+    own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # a view of its part
     grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
     is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
     if not is_finite or grad_norm == 0:
         optimizer.zero_grad(set_to_none=True)
-        if is_finite:  # as where a variant clips every answer
+        if is_finite:  # as where token_loss clips every answer
             return _no_step(num_tokens, "the gradient is 0")
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in learned})
     if grad_norm > max_grad_norm:
@@ -258,7 +258,7 @@ def update_policy(
     with watch.part("optimizer", 1):
         changed = optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our optimizer counts
+    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our AdamW says how many changed
     difference_P = torch.cat([difference_P for _, _, difference_P in results])
     return UpdateStats(
         loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens,

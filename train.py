@@ -2,11 +2,13 @@
 
     uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
 
-An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation. The update raises log π
-of each of its tokens in proportion. The group takes the place of a value network. All that is in rollout and update_policy
-(grpo.py); everything else about a run is the business of `run` (harness/run.py): it locks its directory, logs, saves, and ends the
-block below by an exception of its own where a signal asks for it. A resumed run goes on from the last checkpoint and makes the
-steps after it again, the same ones: everything random is a function of (training.seed, purpose, step).
+An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation (group_advantages). The
+update raises the log-probability of each token in proportion to its answer's advantage, and lowers it where that is negative. The
+group takes the place of a value network; with one step a batch there is no ratio, no clip and no KL term. See grpo.py.
+
+Everything else about a run is the business of `run` (harness/run.py): it locks its directory, logs, saves, and ends the block below
+by an exception of its own where a signal asks for it. A resumed run goes on from the last checkpoint and makes the steps after it
+again, the same ones: everything random is a function of (training.seed, purpose) and, but for evaluation, the step.
 """
 
 import sys

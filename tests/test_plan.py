@@ -105,7 +105,7 @@ import resource, torch
 from harness import cpu
 if {keep}:
     cpu.prepare_process()
-for _ in range(40):
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(2**24).fill_(1.0)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
