@@ -208,8 +208,8 @@ def update_policy(
     loss = - sum_ij m_ij A_ij sum_t log π(y_ij[t]) / sum_ij m_ij |y_ij|, where y_ij is answer j to question i, and m_ij = 0 for an
     unfinished answer if skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing;
     answers whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
-    Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not finite;
-    broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
+    Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not
+    finite; broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
 
     Several processes (watch.processes, those of the optimizer) divide the rows among them, and the sum of their gradients is the
     gradient. All see the whole loss and the whole norm, so all decide alike; each then updates its part of the weights, and
