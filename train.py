@@ -1,6 +1,6 @@
 """GRPO, the whole loop: draw questions, sample a group of answers to each, score them, learn from how they compare.
 
-    uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
+    uv run train.py [--config FILE] [--resume | --plan [CARDS] | --check] [key.path=value ...]
 
 rollout and update_policy (grpo.py) are the algorithm. Everything else about a run, that it locks its directory, hears
 signals, logs, saves and goes on where it stopped, is the business of `run` (harness/run.py).

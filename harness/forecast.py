@@ -43,7 +43,8 @@ def seconds_of_a_step(config: Config, shape: Qwen2Config, layers: list[int], pla
     """Seconds of each part of a step, carried over to the whole model from as many layers as each of `layers` says."""
     work = work_of_a_step(config, shape, plan, cards)
     measured = [measure(config, replace(shape, num_hidden_layers=count), work) for count in layers]
-    return carry_over(measured, layers, shape.num_hidden_layers, plan.checkpoint_layers)
+    parts = carry_over(measured, layers, shape.num_hidden_layers, plan.checkpoint_layers)
+    return parts | {"optimizer": parts["optimizer"] / cards}
 
 
 def assumptions(config: Config) -> str:
