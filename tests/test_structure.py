@@ -58,7 +58,7 @@ ALLOWED = {
     },
     "train": {"generate", "grpo", "harness.run", "harness.tasks", "optimizer", "qwen2_model", "tokenizer"},
     "evaluate": {
-        "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics",
+        "harness.card", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics",
         "harness.tasks", "data_types", "generate", "grpo", "qwen2_model", "tokenizer",
     },
     "warm_start": {
