@@ -130,9 +130,9 @@ def _measure_rollout(model: Transformer, work: Work, affordable: int) -> dict[st
 def _measure_update(config: Config, model: Transformer, work: Work, affordable: int) -> dict[str, float]:
     """On one row, of so many tokens as a row of the run has, or as a CPU can afford."""
     room = min(config.training.micro_batch_tokens, affordable) - PROMPT_TOKENS
-    chosen = []
+    chosen, longest = [], max(1, room // 2)
     for episode in work.episodes:
-        ids = episode.response_token_ids[: max(1, room // 2)]
+        ids = episode.response_token_ids[:longest]
         room -= len(ids) + (PROMPT_TOKENS if chosen and episode.question_id != chosen[-1].question_id else 0)
         if room < 0 and len(chosen) >= 2:
             break
