@@ -16,7 +16,7 @@ from data_types import Episode, UpdateStats
 from flat import flat_weights, norm, zero_gradient
 from generate import seeded_generator
 from gpu import GraphedStep, free_bytes
-from grpo import episode_advantages, response_logprobs, rollout, token_loss, update_policy
+from grpo import episode_advantages, rollout, row_loss, update_policy
 from harness.card import describe
 from harness.checkpoint import Place, checkpoint_path, read_checkpoint, save_checkpoint
 from harness.config import Config
@@ -97,9 +97,9 @@ def _compare_with_cpu(config: Config, shape: Qwen2Config, findings: Findings) ->
     (row,) = pack_rows(episodes, episode_advantages(episodes), 10**9)
     for m in (model, reference):
         gradient, own_row = zero_gradient(m.parameters()), row.to(m.head_weight_VE.device)
-        logprobs_P = response_logprobs(m, own_row, temperature=config.training.temperature, vocab_size=piece.vocab_size)
-        token_loss(logprobs_P, own_row, len(logprobs_P)).backward()
-        results.append((logprobs_P.detach().cpu(), gradient.to("cpu", WIDER[dtype])))
+        loss, logprobs_P = row_loss(m, own_row, 1, temperature=config.training.temperature, vocab_size=piece.vocab_size)
+        loss.backward()
+        results.append((logprobs_P.cpu(), gradient.to("cpu", WIDER[dtype])))
     (ours_P, gradient), (theirs_P, wanted) = results
     against = f"against the CPU's in {WIDER[dtype]}"
     for who, logprobs_P in (("sampler", row.sampler_logprobs_P), ("trainer", ours_P)):

@@ -23,7 +23,7 @@ from packing import pack_rows
 from qwen2_model import Qwen2Config, Transformer
 
 PROMPT_TOKENS = 140  # about what Countdown's prompts have
-CPU_SECONDS = 5  # that a CPU may take for a measurement; where it would take longer, less is measured and the rest is reckoned
+CPU_SECONDS = 3  # that a CPU may take for a measurement; where it would take longer, less is measured and the rest is reckoned
 ROOM = 128  # tokens that a decoder may draw while it is measured
 
 
