@@ -65,7 +65,7 @@ NO_CARD = "model.device=cuda, but no CUDA device is here"
     (None, "535.104.05", [NO_CARD + " for PyTorch", "built without CUDA"], "too old"),
 ])  # fmt: skip
 def test_a_driver_too_old_is_named_with_both_versions(built_for, driver, said, unsaid, base_model, tmp_path, monkeypatch, capsys):
-    # Catches: `>= oldest` -> `<= oldest`; CUDA 12 and 13 exchanged; the way out offered to a driver that is too old for that build.
+    # Catches, seen: `>= oldest` -> `<= oldest`; CUDA 12 and 13 exchanged; the way out always offered.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(card, "DRIVER", tmp_path / "version")
@@ -100,7 +100,7 @@ LACKS = {
 
 @pytest.mark.parametrize("lack", LACKS)
 def test_what_a_card_lacks_is_named_before_anything_is_loaded(lack, a_card, monkeypatch, capsys):
-    # Catches: `< (8, 0)` -> `< (7, 5)`; free compared with the budget of another part; the context counted twice.
+    # Catches, seen: `< (8, 0)` -> `< (7, 5)`; the plan compared with the whole of the card instead of with what is free.
     config, changes, said = LACKS[lack]
     vars(a_card).update(changes)
     monkeypatch.setattr(run, "check", lambda *args, **kwargs: "")
@@ -110,7 +110,7 @@ def test_what_a_card_lacks_is_named_before_anything_is_loaded(lack, a_card, monk
 
 
 def test_a_run_asks_as_much_of_the_card_as_the_check(a_card, base_model, tmp_path, monkeypatch, capsys):
-    # Catches: check_card not called by a run; called after the weights were loaded.
+    # Catches, seen: check_card not called by a run.
     a_card.capability = (7, 5)
     monkeypatch.setattr(train.Transformer, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
     assert train.main([*command(tmp_path / "run", base_model), "model.device=cuda", "model.dtype=bfloat16"]) == 2
@@ -123,7 +123,7 @@ def offloaded_plan():
 
 
 def test_too_little_host_memory_for_offload(a_card, tmp_path, monkeypatch):
-    # Catches: one process counted where several share the machine; the container's limit not looked at.
+    # Catches, seen: one process counted where several share the machine; the container's limit not looked at.
     config, plan = offloaded_plan()
     monkeypatch.setattr("harness.card.page_lock", lambda tensor: None)
     card.check_card(config, plan)
@@ -140,7 +140,7 @@ def test_too_little_host_memory_for_offload(a_card, tmp_path, monkeypatch):
 
 
 def test_ulimit_is_an_error_only_where_the_driver_heeds_it(a_card, monkeypatch):
-    # Catches: every machine with a small limit refused; the limit not looked at.
+    # Catches, seen: every machine with a small limit refused; the limit not looked at.
     config, plan = offloaded_plan()
     locked, cudart = [], SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: locked.append(size) or 0,
                                          cudaHostUnregister=lambda pointer: None)  # fmt: skip
@@ -158,7 +158,7 @@ def test_ulimit_is_an_error_only_where_the_driver_heeds_it(a_card, monkeypatch):
 
 
 def test_memory_that_cannot_be_locked_is_an_error_that_a_user_can_mend(monkeypatch):
-    # Catches: RuntimeError instead of OSError, which is shown as a fault of the program, with a traceback.
+    # Catches, seen: RuntimeError instead of OSError, which is shown as a fault of the program, with a traceback.
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: 2))
     with pytest.raises(OSError, match=r"28 bytes of CPU memory could not be page-locked .*ulimit -l.*optimizer\.offload=false"):
         gpu.page_lock(torch.zeros(7))
@@ -169,7 +169,7 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 @pytest.mark.parametrize("name", ["", *NAMES])
 def test_the_cards_memory_grows_in_place_unless_the_user_has_said_something(name, a_card, monkeypatch):
-    # Catches: the older name not looked at; set after CUDA was asked for the first time; set for a CPU.
+    # Catches, seen: the older name not looked at; not set before CUDA is asked for the first time; set for a CPU, too.
     for known in NAMES:
         monkeypatch.setenv(known, "")  # and taken back in the end
         monkeypatch.delenv(known)
@@ -186,7 +186,7 @@ def test_the_cards_memory_grows_in_place_unless_the_user_has_said_something(name
 
 
 def test_the_setting_reaches_pytorch_after_its_import():
-    # Catches: another spelling of name or value, which PyTorch ignores or refuses.
+    # Catches, seen: `expandable_segment:True`, which PyTorch refuses.
     source = "import torch, gpu; gpu.prepare_process(); print(torch._C._accelerator_getAllocatorSettings())"
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -208,7 +208,7 @@ FULL = {
 @pytest.mark.parametrize("kind", FULL)
 @pytest.mark.parametrize("phase", ["rollout", "update"])
 def test_out_of_memory_names_phase_plan_and_setting(kind, phase, base_model, tmp_path, monkeypatch, capsys):
-    # Catches, seen: only torch.OutOfMemoryError explained; the plan or the phase left out.
+    # Catches, seen: only torch.OutOfMemoryError explained; the plan left out; the phase not noted.
     def fill(*args, **kwargs):
         if phase == "update" or kwargs["num_answers"] > 1:
             raise FULL[kind]
@@ -231,7 +231,7 @@ def test_another_fault_is_not_taken_for_a_full_memory(base_model, tmp_path, monk
 
 
 def test_the_cost_report_names_the_card_as_a_whole(a_card, monkeypatch, capsys):
-    # Catches: what is free taken for what is used; the last part's figure instead of the largest.
+    # Catches, seen: what is free taken for what is used; the last part's figure instead of the largest.
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     watches = {}
@@ -322,7 +322,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("spoil", SPOILT)
 def test_what_does_not_agree_is_named_and_the_exit_code_is_1(spoil, bare, monkeypatch, capsys):
-    # Catches: `found <= bound` -> `not found > bound`, by which nan agrees; a comparison that is not made.
+    # Catches, seen: `found <= bound` -> `not found > bound`, by which nan agrees; a comparison that is not made.
     spoil(monkeypatch)
     assert train.main(bare) == 1
     error = capsys.readouterr().err
@@ -332,7 +332,7 @@ def test_what_does_not_agree_is_named_and_the_exit_code_is_1(spoil, bare, monkey
 
 
 def test_on_a_card_steps_are_taken_with_and_without_graphs(a_card, bare, monkeypatch, capsys):
-    # Catches: graphs not turned off, or not on again; a recording that failed passed over.
+    # Catches, seen: graphs not turned off, or not on again; a recording that failed passed over.
     def on_cpu(function):
         return lambda *args, device, **kwargs: function(*args, device="cpu", **kwargs)
 
@@ -362,7 +362,7 @@ def test_on_a_card_steps_are_taken_with_and_without_graphs(a_card, bare, monkeyp
 
 
 def test_where_memory_is_short_the_check_refuses(bare, monkeypatch, capsys):
-    # Catches: either question left out.
+    # Catches, seen: either question left out.
     monkeypatch.setattr(check, "free_bytes", lambda device: 2**10)
     assert train.main(bare) == 2
     assert "GiB of CPU memory to save and resume; free some" in capsys.readouterr().err
@@ -387,12 +387,12 @@ def test_where_the_disk_is_full_the_check_says_so(bare, monkeypatch, capsys):
     ([5], 1, (5, 1.0, 10 / 5)),
 ])  # fmt: skip
 def test_a_rollout_is_counted_as_by_hand(lengths, slots, expected):
-    # Catches: `drawn + 1 < length` -> `drawn < length`; slots not given away again.
+    # Catches, seen: `drawn + 1 < length` -> `drawn < length`; a slot given away only when all are free.
     assert decoding(lengths, slots) == pytest.approx(expected)
 
 
 def test_a_layer_is_the_difference_and_the_head_what_is_left():
-    # Catches: `run_twice / 3` -> `run_twice`; the head multiplied with the layers.
+    # Catches, seen: `run_twice / 3` -> `run_twice`; the layers measured counted twice; a layer that takes less than nothing.
     measured = [{"decode": 5.0, "gradient": 10.0}, {"decode": 7.0, "gradient": 16.0}]  # head 3 and 4, a layer 1 and 3
     assert carry_over(measured, [2, 4], 36, 9) == pytest.approx({"decode": 3 + 36, "gradient": 4 + 3 * (36 + 9 / 3)})
     assert carry_over(measured[:1] * 2, [1, 1], 1, 0) == measured[0]
@@ -400,7 +400,7 @@ def test_a_layer_is_the_difference_and_the_head_what_is_left():
 
 
 def test_the_work_is_that_of_the_configured_step():
-    # Catches: tokens of the answers alone; answers of all cards; a mean beyond half of max_gen_len.
+    # Catches, seen: tokens of the answers alone; answers of all cards; a mean of max_gen_len instead of half of it.
     config, shape = load_config(ROOT / "config.yaml"), find_shape("Qwen2.5-3B")
     plan = replace(make_plan(config, shape), cache_rows=256)
     work = work_of_a_step(config, shape, plan)
