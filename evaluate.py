@@ -24,6 +24,7 @@ from data_types import Episode, Reward
 from generate import Sampling, check_length, generate_one, seeded_generator
 from grpo import rollout
 from harness import cpu
+from harness.card import why_no_card
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
 from harness.console import PhaseWatch
@@ -69,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
         if config.model.device == "cpu":
             cpu.prepare_process()
-        elif not torch.cuda.is_available():
-            raise ValueError("model.device=cuda, but no CUDA device is here; add model.device=cpu")
+        elif reason := why_no_card():
+            raise ValueError(f"{reason}; or add model.device=cpu")
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
             ask(config, directories[0], arguments.ask, temperature=arguments.temperature)

@@ -1,6 +1,7 @@
 """What exists only for a card: a decode step recorded as a CUDA graph, and state that is streamed through the card's memory."""
 
 import gc
+import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ from torch import Tensor
 CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended: a look waits for the device
 GRAPHS_KEPT = 4  # recordings of a decode step at once; each takes driver memory
 IN_TRANSIT = 3  # pieces of a streamed state on the card at once: one fetched, one computed, one written back
+
+
+def prepare_process() -> None:
+    """Let what PyTorch takes of the card grow in place: the update's large blocks do not fit into the holes that a rollout
+    leaves. To be called before CUDA starts; who has set something keeps it.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -82,11 +91,11 @@ class StreamedState:
     """
 
     def __init__(self, tensors: list[Tensor], device: torch.device):
-        """Raises RuntimeError if the memory cannot be locked."""
+        """Raises OSError if the memory cannot be locked."""
         self.tensors, self.device = tensors, device
         self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
         for tensor in tensors:
-            _page_lock(tensor)
+            page_lock(tensor)
 
     def pieces(self, places: list[slice]) -> Iterator[list[Tensor]]:
         """The tensors at each place (the first is the longest), on the card, to be overwritten before the next is asked for."""
@@ -119,10 +128,10 @@ class StreamedState:
         down.synchronize()
 
 
-def _page_lock(tensor: Tensor) -> None:
-    """Lock memory where it lies: PyTorch's own pinned allocations are rounded up to a power of two."""
+def page_lock(tensor: Tensor) -> None:
+    """Lock memory where it lies: PyTorch's own pinned allocations are rounded up to a power of two. Raises OSError."""
     error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     if int(error) != 0:
-        raise RuntimeError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
-                           "`ulimit -l`, or set optimizer.offload=false")
+        raise OSError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
+                      "`ulimit -l`, or set optimizer.offload=false")
     weakref.finalize(tensor, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr())

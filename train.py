@@ -1,6 +1,6 @@
 """GRPO (Group Relative Policy Optimization), the whole loop: draw questions, sample a group of answers to each, score them, learn.
 
-    uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
+    uv run train.py [--config FILE] [--resume | --plan [CARDS] | --check] [key.path=value ...]
 
 An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation (group_advantages). The
 update raises the log-probability of each token in proportion to its answer's advantage, and lowers it where that is negative. The

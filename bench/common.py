@@ -1,9 +1,9 @@
 """Random models of the published shapes, random questions, and the two rates that bound everything on a machine."""
 
 import argparse
-import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
@@ -12,9 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data_types import Question, Reward
-from flat import allocate
-from harness import cpu
+from harness import cpu, made_up
 from harness.plan import PUBLISHED, find_shape
 from qwen2_model import Qwen2Config, Transformer
 
@@ -35,48 +33,18 @@ def work_parser() -> argparse.ArgumentParser:
     parser.add_argument("length", type=int)
     parser.add_argument("--mean", type=int, help="mean of geometric lengths, at most `length`")
     parser.add_argument("--prompt", type=int, default=140)
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeat", type=int, default=2)
     return parser
 
 
-def random_model(shape: str, *, device: str, dtype: torch.dtype) -> Transformer:
+def random_model(shape: str, *, layers: int | None, device: str, dtype: torch.dtype) -> Transformer:
     if device == "cpu":
         cpu.prepare_process()
     config = TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}")
-    with torch.device("meta"):
-        model = Transformer(config)
-    allocate(model, device=device, dtype=dtype)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.ones_(parameter)
-        else:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def random_questions(count: int, prompt_len: int, vocab_size: int) -> list[Question]:
-    rng = random.Random(0)
-    return [Question("", [rng.randrange(vocab_size) for _ in range(prompt_len)], {}) for _ in range(count)]
-
-
-class AnyTokenizer:
-    """Stands in for the real one: every id below vocab_size may be drawn, stop_ids end an answer."""
-
-    pad_id = 0
-
-    def __init__(self, vocab_size: int, stop_ids: frozenset[int]):
-        self.vocab_size, self.stop_ids = vocab_size, stop_ids
-
-    def decode(self, ids: list[int]) -> str:
-        return ""
-
-
-def random_reward():
-    rng = random.Random(0)
-    return lambda text: Reward(rng.random(), {})
+    return made_up.random_model(replace(config, num_hidden_layers=layers or config.num_hidden_layers), device=device, dtype=dtype)
 
 
 def synchronize(device: str) -> None:

@@ -10,21 +10,12 @@ longer, at the rates that it reaches on a large copy and a large product.
 """
 
 import torch
-from common import (
-    AnyTokenizer,
-    copy_rate,
-    matrix_rate,
-    peak_bytes,
-    random_model,
-    random_questions,
-    random_reward,
-    synchronize,
-    work_parser,
-)
+from common import copy_rate, matrix_rate, peak_bytes, random_model, synchronize, work_parser
 
 from grpo import rollout
 from harness import cpu
 from harness.console import PhaseWatch
+from harness.made_up import AnyTokenizer, random_questions, random_reward
 from harness.plan import num_weights
 from qwen2_model import KVCache
 
@@ -37,7 +28,7 @@ def main() -> None:
     flops, bandwidth = matrix_rate(args.device, dtype), copy_rate(args.device)
     print(f"{args.device}: {flops / 1e9:,.0f} GFLOP/s {args.dtype}, {bandwidth / 1e9:.1f} GB/s; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads")
-    model = random_model(args.shape, device=args.device, dtype=dtype)
+    model = random_model(args.shape, layers=args.layers, device=args.device, dtype=dtype)
     config = model.config
     stop_ids = frozenset(range(config.vocab_size // args.mean)) if args.mean else frozenset()
     tokenizer = AnyTokenizer(config.vocab_size, stop_ids)

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    model = random_model(args.shape, device=args.device, dtype=dtype)
+    model = random_model(args.shape, layers=args.layers, device=args.device, dtype=dtype)
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=args.offload)
     episodes = random_episodes(args, model.config.vocab_size)
     head = model.config.vocab_size * model.config.hidden_size

@@ -34,6 +34,7 @@ class PhaseWatch(Watch):
     def __init__(self, phase: str, check: Callable[[], None] = lambda: None, processes: Alone = ALONE):
         self.phase, self.check, self.processes = phase, check, processes
         self.seconds, self.counts, self.critical = Counter(), Counter(), False
+        self.card_bytes = 0  # in use on the card at the end of a part, by whomever: with the context, graphs and holes
         self._bar = None
 
     @contextmanager
@@ -43,6 +44,8 @@ class PhaseWatch(Watch):
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
+                free, total = torch.cuda.mem_get_info()
+                self.card_bytes = max(self.card_bytes, total - free)
         self.seconds[name] += time.perf_counter() - clock
 
     def advance(self, amount: int = 0, **counts: int) -> None:

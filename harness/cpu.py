@@ -38,13 +38,13 @@ def warn_of_slow_dtype(dtype: torch.dtype) -> str:
     """What to say where this CPU has no instructions for bf16 and emulates it; else nothing."""
     if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ""
-    slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+    slower = operations_per_second(torch.float32) / operations_per_second(torch.bfloat16)
     return f"this CPU has no instructions for bfloat16 and multiplies {slower:.0f} times slower in it; set model.dtype=float32"
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
+def operations_per_second(dtype: torch.dtype) -> float:
     matrix = torch.ones(256, 256, dtype=dtype)
-    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
+    return 2 * 256**3 / min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
 
 
 @contextmanager

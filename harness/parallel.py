@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import gpu
 from data_types import Alone, Parting
 from harness.plan import TRANSIT
 
@@ -43,6 +44,7 @@ class Processes(Alone):
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
+            gpu.prepare_process()
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         kept.set("begun", "")

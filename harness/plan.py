@@ -26,7 +26,7 @@ GRAPH_BYTES = 2**16  # of the driver for a kernel of a graph, "up until CUDA 12.
 CHUNK_BUFFERS = 2.5  # of the loss: a chunk's logits, their log-probabilities and, in the weights' dtype, their gradient
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 TRANSIT = 2**23  # elements that several processes share at once
-USABLE_GIB = {24: 22.5, 48: 42.5, 80: 78.0}  # of a card that is sold as so many GB
+USABLE_GIB = {24: 22.5, 48: 42.5, 80: 78.0, 141: 139.0}  # of a card that is sold as so many GB
 
 # hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
 PUBLISHED = {
@@ -116,25 +116,36 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
 
 def largest_that_fit(path: str = "config.yaml") -> str:
     """A table of the largest Qwen2.5 that trains by a config on so many cards of such a size, in the least micro-batches."""
-    config = load_config(path)
-    least = config.training.max_gen_len + PROMPT_TOKENS
-    lines = ["| cards | optimizer state | " + " | ".join(f"{size} GB each" for size in USABLE_GIB) + " |", "| ---: | --- |"]
-    lines[1] += " ---: |" * len(USABLE_GIB)
+    least = [f"training.micro_batch_tokens={load_config(path).training.max_gen_len + PROMPT_TOKENS}"]
+    lines = ["| cards | optimizer state | " + " | ".join(f"{gb} GB each" for gb in USABLE_GIB) + " |"]
+    lines.append("| ---: | --- |" + " ---: |" * len(USABLE_GIB))
     for cards in (1, 2, 4, 8):
         for offload in (False, True):
-            cells = [_largest([f"model.memory_gib={usable}", f"optimizer.offload={str(offload).lower()}",
-                               f"training.micro_batch_tokens={least}"], path, cards) for usable in USABLE_GIB.values()]
+            fitting = (list(_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB)
+            cells = (sizes[-1] if sizes else "none" for sizes in fitting)
             lines.append(f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _largest(overrides: list[str], path: str, cards: int) -> str:
-    config, fitting = load_config(path, overrides), "none"
-    for size in PUBLISHED:  # in ascending order
+def what_fits_on_one_card(path: str = "config.yaml") -> str:
+    """A table of where the optimizer's state of each Qwen2.5 stands, of rows decoded at once and of layers run twice."""
+    sizes = list(PUBLISHED)[:5]
+    lines = ["| card | " + " | ".join(sizes) + " |", "| ---: |" + " --- |" * len(sizes)]
+    for gb in USABLE_GIB:
+        plans = {size: f"{where}: {plan.cache_rows} rows, {plan.checkpoint_layers} layers"
+                 for offload, where in ((True, "CPU"), (False, "card")) for size, plan in _plans(path, gb, offload).items()}
+        lines.append(f"| {gb} GB | " + " | ".join(plans.get(size, "no") for size in sizes) + " |")
+    return "\n".join(lines)
+
+
+def _plans(path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1) -> dict[str, Plan]:
+    """Of each Qwen2.5 that trains on cards of so many GB, in ascending order."""
+    settings, plans = [f"model.memory_gib={USABLE_GIB[gb]}", f"optimizer.offload={str(offload).lower()}", *overrides], {}
+    config = load_config(path, settings)
+    for size in PUBLISHED:
         with contextlib.suppress(ValueError):
-            make_plan(config, find_shape(f"Qwen2.5-{size}"), cards=cards)
-            fitting = size
-    return fitting
+            plans[size] = make_plan(config, find_shape(f"Qwen2.5-{size}"), cards=cards)
+    return plans
 
 
 def _free_budget(device: str, cards: int) -> float:

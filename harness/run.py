@@ -18,11 +18,14 @@ from statistics import median
 
 import torch
 
+import gpu
 from data_types import ALONE, Episode, Parting, Question, UpdateStats
 from flat import flat_weights, norm
 from generate import check_length
 from grpo import episode_advantages
 from harness import console, cpu
+from harness.card import check_card, is_out_of_memory, why_no_card
+from harness.check import check
 from harness.checkpoint import (
     NotSaved,
     Place,
@@ -92,7 +95,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
         self.closing = contextlib.ExitStack()
-        self.log = None  # from begin() on
+        self.plan = self.log = None  # from open() and begin() on
         self.processes, self.launched = ALONE, "WORLD_SIZE" in os.environ
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from harness.parallel import Processes  # which brings torch.distributed with it
@@ -117,6 +120,8 @@ class Run:
         either.add_argument("--resume", action="store_true", help="go on with the run in output_dir, by its own config")
         either.add_argument("--plan", nargs="?", const=os.environ.get("WORLD_SIZE", "1"), metavar="CARDS",
                             help="print the memory that the run would need on each of so many cards (default: 1), and end")
+        either.add_argument("--check", action="store_true",
+                            help="try the machine for a minute: does it agree, how long will a step take; and end")
         parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example training.learning_rate=5e-6")
         arguments = parser.parse_intermixed_args(argv)
         overrides = arguments.overrides
@@ -129,6 +134,8 @@ class Run:
         if arguments.plan:
             say(make_plan(config, find_shape(config.model.path), cards=int(arguments.plan)).table())
             raise Finished
+        if arguments.check:
+            self._check_machine(config)
         self.directory = Path(config.output_dir)
         self.checkpoints, own_config = self.directory / "checkpoints", self.directory / "config.yaml"
         if self.processes.rank == 0:  # for all of them
@@ -146,10 +153,7 @@ class Run:
         if arguments.resume:
             config = load_config(own_config, overrides).model_copy(update={"output_dir": str(self.directory)})
             self._find_place(load_config(own_config), config)
-        if config.model.device == "cpu":
-            cpu.prepare_process()
-            if warning := cpu.warn_of_slow_dtype(getattr(torch, config.model.dtype)):
-                say(f"warning: {warning}")
+        _prepare_process(config)
         self.config, self.task = config, load_task(config.task)
         self._ask_for_what_is_missing()
         self.reward = guard_reward(
@@ -158,7 +162,22 @@ class Run:
         )  # fmt: skip
         self.closing.callback(self.reward.close)
         self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size)
+        if config.model.device == "cuda":
+            check_card(config, self.plan)
         return config
+
+    def _check_machine(self, config: Config) -> None:
+        """What --check does instead of a run. Raises Finished, or Stopped where something does not agree."""
+        on_card, shape, self.phase_name = config.model.device == "cuda", find_shape(config.model.path), "check"
+        _prepare_process(config)
+        if on_card and (reason := why_no_card()):
+            raise ValueError(f"{reason}; without a card, check --config config_tiny.yaml")
+        self.plan = make_plan(config, shape, cards=self.processes.size)
+        if on_card:
+            check_card(config, self.plan)
+        if wrong := check(config, shape, self.plan, cards=self.processes.size):
+            raise Stopped(wrong)
+        raise Finished
 
     def _find_place(self, old: Config, new: Config) -> None:
         """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
@@ -183,8 +202,8 @@ class Run:
     def _ask_for_what_is_missing(self) -> None:
         """Load the problems, and name all at once that the user has to fetch."""
         config, missing, name = self.config, [], self.source.name
-        if no_card := config.model.device == "cuda" and not torch.cuda.is_available():
-            missing.append("model.device=cuda, but no CUDA device is here")
+        if no_card := why_no_card() if config.model.device == "cuda" else "":
+            missing.append(no_card)
         elif config.model.device == "cuda" and (count := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
             missing.append(f"{count} processes were started here, but there are {torch.cuda.device_count()} CUDA devices; lower "
                            "--nproc-per-node")
@@ -343,7 +362,8 @@ class Run:
         if self.config.model.device == "cuda":
             for phase in ("rollout", "update"):
                 planned, peak = sum(getattr(self.plan, phase).values()), self.watches[phase].peak_bytes
-                say(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned")
+                say(f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned; "
+                    f"{self.watches[phase].card_bytes / GIB:.2f} in use on the card as a whole")
 
     def _check_directory(self) -> None:
         if self.processes.rank == 0 and not is_held(self.directory, self.lock):
@@ -401,9 +421,10 @@ class Run:
             return "interrupted", 128 + self.signals.received
         if isinstance(error, ValueError) or (isinstance(error, OSError) and self.log is None):
             return f"error: {error}", 2
-        if isinstance(error, torch.OutOfMemoryError):
-            return (f"error: the GPU's memory is full in the {self.phase_name} ({str(error).splitlines()[0]}); lower "
-                    f"model.memory_gib, which makes the plan smaller, and --resume. The plan was\n{self.plan.table()}"), 1
+        if is_out_of_memory(error) and self.plan is not None:
+            first_line = str(error).partition("\n")[0]
+            return (f"error: memory is full in the {self.phase_name} ({first_line}); lower model.memory_gib below "
+                    f"{self.plan.budget / GIB:.1f}, which makes the plan smaller. The plan was\n{self.plan.table()}"), 1
         if isinstance(error, Stopped | OSError | FloatingPointError):
             return f"error: {error}", 1
         return "", UNFORESEEN
@@ -433,6 +454,15 @@ class Run:
             return ""
         return (f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"
                 f"{self._saved()} is the trained model, in the published format")
+
+
+def _prepare_process(config: Config) -> None:
+    """Before the device is used for the first time."""
+    if config.model.device == "cuda":
+        return gpu.prepare_process()
+    cpu.prepare_process()
+    if warning := cpu.warn_of_slow_dtype(getattr(torch, config.model.dtype)):
+        say(f"warning: {warning}")
 
 
 def _success(metrics: dict) -> str:

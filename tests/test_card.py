@@ -311,7 +311,7 @@ def test_streamed_state_is_the_same_whatever_runs_first(order, monkeypatch):
     device = EmulatedDevice(order)
     streams = iter((device.up, device.down))
     monkeypatch.setattr(torch.cuda, "Stream", lambda of: next(streams))
-    monkeypatch.setattr(gpu, "_page_lock", lambda tensor: None)
+    monkeypatch.setattr(gpu, "page_lock", lambda tensor: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda of=None: device.compute)
     streamed.offloaded, streamed.streamed = True, StreamedState(list(streamed.state.values()), torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "stream", device.stream)

@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from harness.config import load_config
 from harness.cpu import packs_for_decoding
-from harness.plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
+from harness.plan import (
+    PUBLISHED,
+    activation_bytes_per_token,
+    find_shape,
+    make_plan,
+    num_weights,
+    what_fits_on_one_card,
+)
 from qwen2_model import Qwen2Config, Transformer, attend_causally
 
 
@@ -61,6 +69,11 @@ def test_a_plan_stays_within_its_budget_and_uses_it():
         assert plan.evaluation_cache_bytes <= plan.cache_bytes
     assert plans[0].cache_rows < plans[1].cache_rows <= plans[2].cache_rows == 256
     assert plans[0].checkpoint_layers > plans[1].checkpoint_layers >= plans[2].checkpoint_layers == 0
+
+
+def test_the_table_of_what_one_card_trains_is_what_the_plan_says():
+    # Catches: the state in CPU memory where the card would hold it; a setting of config.yaml changed without the table.
+    assert what_fits_on_one_card() in Path("README.md").read_text()
 
 
 def test_what_does_not_fit_names_the_setting_that_would():

@@ -1,0 +1,147 @@
+"""What only a card can tell, in one unattended run of at most 25 minutes, as one report.
+
+    uv run bench/card.py                                 on a card; writes card.md
+    uv run bench/card.py --device cpu --shape tiny       the script itself, without a card, in a few minutes
+
+Nothing needs to be downloaded. Where the environment variable GRPO_ZERO holds a shell command that runs the seed system on the
+same work, its output stands in the report, too. About 50 GB of disk are needed in --scratch.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import SHAPES, TINY
+
+from harness.config import load_config
+from harness.made_up import random_model
+from harness.plan import GIB, find_shape, make_plan
+from warm_start import make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PYTHON, TRAIN = [sys.executable], [sys.executable, "train.py"]
+SHOWN = 40  # lines of a part's output, its last ones
+
+
+class Report:
+    """One part after another; what is known stands in the file at any time."""
+
+    def __init__(self, path: Path, minutes: float):
+        self.path, self.deadline, self.rows, self.parts = path, time.monotonic() + 60 * minutes, [], []
+
+    def run(self, title: str, command: list[str] | str, *, minutes: float, kill_at: Path | None = None) -> None:
+        """kill_at: end the command by SIGKILL, as a power cut would, when this path is there."""
+        clock, limit = time.monotonic(), min(60 * minutes, self.deadline - time.monotonic())
+        if limit < 10:
+            return self.add(title, command, "not run: the time is up", 0.0, "")
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            process = subprocess.Popen(command, shell=isinstance(command, str), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                       start_new_session=True)  # fmt: skip
+            while process.poll() is None and time.monotonic() - clock < limit and not (kill_at and kill_at.exists()):
+                time.sleep(0.2)
+            ended = process.poll() is not None
+            if not ended:
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            output.seek(0)
+            as_planned = not ended and kill_at is not None and kill_at.exists()
+            outcome = f"exit code {code}" if ended else "killed, as planned" if as_planned else "killed: it took too long"
+            self.add(title, command, outcome, time.monotonic() - clock, output.read())
+
+    def add(self, title: str, command: list[str] | str, outcome: str, seconds: float, output: str) -> None:
+        lines = output.strip().splitlines() or [""]
+        shown, last = command if isinstance(command, str) else " ".join(map(str, command)), "\n".join(lines[-SHOWN:])
+        self.rows.append(f"| {title} | {outcome} | {seconds:.0f} s | {lines[-1][:200].replace('|', '/')} |")
+        self.parts.append(f"## {title}\n\n    {shown}\n\n{outcome}, {seconds:.0f} s\n\n```\n{last}\n```\n")
+        print(self.rows[-1], flush=True)
+        heading = ["# What a card says\n", "| part | outcome | time | its last line |", "| --- | --- | --- | --- |"]
+        self.path.write_text("\n".join([*heading, *self.rows, "", *self.parts]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure everything that only a card can tell.")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--shape", default="3B", choices=SHAPES)
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--out", type=Path, default=Path("card.md"))
+    parser.add_argument("--scratch", type=Path, help="directory for models and runs (default: a temporary one)")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.make:
+        make_model(args.make, args.shape, args.device)
+        return 0
+    report = Report(args.out.absolute(), args.minutes)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        measure(report, args, Path(scratch))
+    failed = [row for row in report.rows if "exit code 0" not in row and "as planned" not in row]
+    print(f"{args.out}: {len(report.rows)} parts, {len(failed)} of them not as they should be")
+    return int(bool(failed))
+
+
+def measure(report: Report, args: argparse.Namespace, scratch: Path) -> None:
+    small, on, model = args.shape == "tiny", [f"model.device={args.device}"], scratch / "model"
+    where = ["--device", args.device]
+    work, configs, few, short = ["32", "8", "1024", "--mean", "437"], ["config.yaml", "config_24GB.yaml"], [], []
+    if small:
+        work, configs = ["4", "4", "48", "--mean", "24"], ["config_tiny.yaml"]
+        few = ["training.batch_size=16", "training.num_questions_per_batch=4", "training.max_gen_len=48", "data.test_size=8"]
+        short = ["training.max_steps=40", "training.ckpt_save_interval=3"]
+    report.run("a model with random weights", [*PYTHON, "bench/card.py", "--make", model, "--shape", args.shape, *where], minutes=3)
+    for config in configs:
+        report.run(f"the plan of {config}", [*TRAIN, "--plan", "--config", config], minutes=1)
+        report.run(f"the check by {config}", [*TRAIN, "--check", "--config", config, *on, *few], minutes=3)
+    report.run("tests that need a card", [*PYTHON, "-m", "pytest", "-m", "gpu"], minutes=4)
+
+    tiny = [*TRAIN, "--config", "config_tiny.yaml", *on, *few, *short]
+    report.run("the tiny run", [*tiny, f"output_dir={scratch}/whole"], minutes=4)
+    broken = [*tiny, f"output_dir={scratch}/broken"]
+    first = scratch / f"broken/checkpoints/step-{3 if small else 20:06d}"
+    report.run("the same, killed", broken, minutes=3, kill_at=first)
+    report.run("and resumed", [*broken, "--resume"], minutes=4)
+    report.add("resumed against unbroken", "metrics.jsonl of both", *compare(scratch / "whole", scratch / "broken"))
+
+    plan = None if small else make_plan(load_config(ROOT / "config.yaml"), find_shape(f"Qwen2.5-{args.shape}"))
+    cache = ["--cache-gib", f"{plan.cache_bytes / GIB:.2f}"] if plan else []
+    twice = ["--checkpoint-layers", str(plan.checkpoint_layers), "--micro-batch-tokens", "3072"] if plan else []
+    dtype = ["--dtype", "float32" if small else "bfloat16"]
+    report.run("rollout against the floor", [*PYTHON, "bench/rollout.py", args.shape, *work, *where, *dtype, *cache], minutes=4)
+    report.run("update against the matrix peak", [*PYTHON, "bench/update.py", args.shape, *work, *where, *dtype, *twice], minutes=4)
+    for config, steps in zip(configs, (10, 3), strict=False):
+        whole = [*TRAIN, "--config", config, *on, *few, f"model.path={model}", "task=tests.letters_task", "data.path=synthetic"]
+        report.run(f"{steps} steps of a random {args.shape} by {config}, peaks against the plan", [
+            *whole, f"output_dir={scratch}/{config}", f"training.max_steps={steps}", "training.eval_interval=1000",
+            *([] if small else ["data.test_size=32"]),
+        ], minutes=10)  # fmt: skip
+    if command := os.environ.get("GRPO_ZERO"):
+        report.run("the seed system", command, minutes=5)
+
+
+def compare(whole: Path, broken: Path) -> tuple[str, float, str]:
+    """How many lines of the log of a broken run are those of an unbroken one."""
+    if not all((run / "metrics.jsonl").exists() for run in (whole, broken)):
+        return "a run is missing", 0.0, ""
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, broken)]
+    equal = sum(a == b for a, b in zip(*lines, strict=False))
+    outcome = "exit code 0" if len(lines[0]) == len(lines[1]) else "not of one length"
+    return outcome, 0.0, f"{equal} of {len(lines[0])} lines are equal"
+
+
+def make_model(directory: Path, shape: str, device: str) -> None:
+    """A model directory whose answers are random and, by its one stop id of some hundreds, end after some hundred tokens."""
+    make_tokenizer(directory)
+    stop_ids = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids[:1]}))
+    config = replace(TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}"), eos_token_id=stop_ids[0])
+    random_model(config, device=device, dtype=torch.bfloat16).save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
