@@ -283,6 +283,7 @@ def test_the_comparison_notices_a_fault(name, right, wrong, tree, tokenizer):
         check(name, mutant, tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tiny_run_makes_two_steps(name, tree, tmp_path, monkeypatch, own_signals):
     # Catches, in the patches: an argument of update_policy or rollout that train.py does not hand over.
