@@ -36,7 +36,11 @@ class Work:
     steps: int  # of decoding
     slots: float  # in use in a step, on average
     length: float  # of the longest answer in use, on average over the slots and steps
-    tokens: int  # of all rows of the update
+    tokens: int  # of all rows of the update, prompts included
+
+    @property
+    def responses(self) -> int:
+        return sum(len(episode.response_token_ids) for episode in self.episodes)
 
 
 def seconds_of_a_step(config: Config, shape: Qwen2Config, layers: list[int], plan: Plan, *, cards: int = 1) -> dict[str, float]:
@@ -128,15 +132,20 @@ def _measure_rollout(model: Transformer, work: Work, affordable: int) -> dict[st
 
 
 def _measure_update(config: Config, model: Transformer, work: Work, affordable: int) -> dict[str, float]:
-    """On one row, of so many tokens as a row of the run has, or as a CPU can afford."""
-    room = min(config.training.micro_batch_tokens, affordable) - PROMPT_TOKENS
-    chosen, longest = [], max(1, room // 2)
+    """On one row, of so many tokens as a row of the run has, or as a CPU can afford; as many of them are response tokens, which
+    alone go through the head.
+    """
+    room, share = min(config.training.micro_batch_tokens, affordable), work.responses / work.tokens
+    prompt = random_questions(1, max(1, round(room * (1 - share))), model.config.vocab_size)[0].prompt_token_ids
+    left, chosen = max(2, round(room * share)), []
+    longest = left // 2  # two at least, which can be compared
     for episode in work.episodes:
-        ids = episode.response_token_ids[:longest]
-        room -= len(ids) + (PROMPT_TOKENS if chosen and episode.question_id != chosen[-1].question_id else 0)
-        if room < 0 and len(chosen) >= 2:
+        ids = episode.response_token_ids[: min(longest, left)]
+        chosen.append(replace(episode, question_id=0, prompt_token_ids=prompt, response_token_ids=ids,
+                              response_logprobs=[0.0] * len(ids)))  # fmt: skip
+        left -= len(ids)
+        if not left:
             break
-        chosen.append(replace(episode, response_token_ids=ids, response_logprobs=[0.0] * len(ids)))
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=config.optimizer.offload)
     for _ in range(2):  # the first warms up
         watch = PhaseWatch("check")

@@ -416,6 +416,21 @@ def test_the_work_is_that_of_the_configured_step():
     assert few.steps * few.slots == pytest.approx(sum(lengths))
 
 
+@pytest.mark.parametrize("affordable", [200, 10**6])
+def test_the_measured_row_has_as_many_response_tokens_as_the_runs(affordable, monkeypatch):
+    # Catches, seen: the prompts as long as they are in a row that is cut short; a row longer than can be afforded.
+    config, shape = load_config(ROOT / "config_tiny.yaml"), find_shape(str(ROOT / "models/tiny"))
+    work, measured, update = work_of_a_step(config, shape, make_plan(config, shape)), [], forecast.update_policy
+    monkeypatch.setattr(forecast.cpu, "operations_per_second",
+                        lambda dtype: affordable * 8 * planning.num_weights(shape) / forecast.CPU_SECONDS)  # fmt: skip
+    monkeypatch.setattr(forecast, "update_policy", lambda m, o, chosen, **kw: measured.append(chosen) or update(m, o, chosen, **kw))
+    forecast.measure(config, shape, work)
+    prompt, answers = len(measured[0][0].prompt_token_ids), [len(e.response_token_ids) for e in measured[0]]
+    assert prompt + sum(answers) == pytest.approx(min(affordable, config.training.micro_batch_tokens), abs=1)
+    assert sum(answers) / (prompt + sum(answers)) == pytest.approx(work.responses / work.tokens, abs=0.01)
+    assert len(answers) >= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["models/tiny", "Qwen2.5-0.5B"])
 def test_the_check_of_the_shipped_config_takes_less_than_a_minute(model, tmp_path, capsys):
