@@ -27,10 +27,10 @@ from harness import cpu
 from harness.card import why_no_card
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
-from harness.console import PhaseWatch
-from harness.logs import SampleLine, printable, read_log
-from harness.metrics import compare_models, model_summary
-from harness.tasks import guard_reward, load_task, make_question
+from harness.console import PhaseWatch, printable, say
+from harness.logs import SampleLine, read_log
+from harness.metrics import UNCOUNTED, compare_models, model_summary
+from harness.tasks import guard_reward, load_problems, load_task, make_question
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             score(config, directories, samples=arguments.samples, temperature=arguments.temperature, json_path=arguments.json)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -121,7 +121,7 @@ def score(config: Config, directories: list[Path], *, samples: int, temperature:
     if json_path and not Path(json_path).parent.is_dir():
         raise FileNotFoundError(f"--json {json_path}: there is no directory {Path(json_path).parent}; make it first")
     task = load_task(config.task)
-    _, problems = task.load_problems(config.data)
+    _, problems = load_problems(task, config.data)
     reward_function = guarded_reward(config, task)
     answers = []
     for directory in directories:
@@ -134,11 +134,13 @@ def score(config: Config, directories: list[Path], *, samples: int, temperature:
                 generator=seeded_generator(config.training.seed, "evaluation"),
                 watch=PhaseWatch(str(directory)),
             ))  # fmt: skip
+    if not any(episode.reward.parts.keys() & {"answer", "error"} for episodes in answers for episode in episodes):
+        say(f"warning: {UNCOUNTED}")
     kinds = [getattr(task, "problem_kind", lambda problem: "")(problem) for problem in problems]
     summaries = [{"model": str(d), **model_summary(episodes, kinds)} for d, episodes in zip(directories, answers, strict=True)]
     comparison = compare_models(*answers) if len(answers) == 2 else None
     how = f"at temperature {temperature:g}" if temperature else "greedy"
-    print(f"{config.task}: {len(problems)} held-out questions of {config.data.path}, answers to each: {samples}, {how}\n"
+    print(f"{config.task}: {len(problems)} held-out questions, answers to each: {samples}, {how}\n"
           f"{table(summaries)}")
     if comparison:
         print("difference {difference:+.1%}: better on {questions_better} questions, worse on {questions_worse}, "

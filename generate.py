@@ -138,9 +138,8 @@ def count_slots(
 ) -> int:
     """How many answers are decoded at once: what fits into the budget of the KV cache."""
     config, weight, longest = model.config, model.head_weight_VE, max(map(len, prompts))
-    if not min(map(len, prompts)):
-        raise ValueError("a prompt has no tokens; every answer continues at least one")
-    check_length(config, longest, sampling.max_gen_len)
+    for tokens in (longest, min(map(len, prompts))):
+        check_length(config, tokens, sampling.max_gen_len)
     row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + sampling.max_gen_len)
     if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
         cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
@@ -151,7 +150,9 @@ def count_slots(
 
 
 def check_length(config: Qwen2Config, prompt_tokens: int, max_gen_len: int) -> None:
-    """Raises ValueError where a prompt with its longest answer has more tokens than the model has positions."""
+    """Raises ValueError where a prompt is empty, or has with its longest answer more tokens than the model has positions."""
+    if not prompt_tokens:
+        raise ValueError("a prompt has no tokens; every answer continues at least one")
     if (room := config.max_position_embeddings - prompt_tokens) < max_gen_len:
         remedy = f"set training.max_gen_len={room}" if room > 0 else "shorten the prompt"
         raise ValueError(f"a prompt of {prompt_tokens} tokens and answers of up to {max_gen_len} exceed the model's "

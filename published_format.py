@@ -5,7 +5,8 @@ Everything here was written by somebody else, so everything is bounded and check
 
 import json
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
 MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
 
 Size = Annotated[int, Field(gt=0, le=10**6)]
+Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 
 
@@ -109,8 +111,8 @@ def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]], *, tied: b
     """
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in _weight_files(directory):
-        header = _with_safetensors(file, lambda f: {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})  # noqa: SIM118
-        found |= {name: (file, shape) for name, shape in header.items()}
+        with _opened(file) as f:
+            found |= {name: (file, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118  no dict
     if tied:
         found.pop("lm_head.weight", None)
     if wrong := [f"missing {n}" for n in shapes.keys() - found] + [f"unexpected {n}" for n in found.keys() - shapes]:
@@ -128,18 +130,15 @@ def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
 
     Raises ValueError naming what is damaged, not of a float type, or not finite.
     """
-
-    def copy(f, file: Path) -> None:
-        for name in (name for name, origin in files.items() if origin == file):
-            tensor = f.get_tensor(name)
+    for file in sorted(set(files.values())):
+        for name, tensor in read_tensors(file):
+            if files.get(name) != file:
+                continue
             if not tensor.is_floating_point():
                 raise ValueError(f"{file}: {name} is of {tensor.dtype}, not of a float type; quantised models are not read")
             weights[name].copy_(tensor)
             if not weights[name].isfinite().all():
                 raise ValueError(f"{file}: {name} holds numbers that are not finite as {weights[name].dtype}; {REMEDY}")
-
-    for file in sorted(set(files.values())):
-        _with_safetensors(file, lambda f, file=file: copy(f, file))
 
 
 def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
@@ -171,11 +170,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{path} could not be written: {error}") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError if the file is damaged, FileNotFoundError if it is not there."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    return _with_safetensors(path, lambda f: {name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file by name, one at a time. Raises ValueError if it is damaged."""
+    with _opened(path) as f:
+        for name in f.keys():  # noqa: SIM118  no dict
+            yield name, f.get_tensor(name)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -192,10 +191,11 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _with_safetensors(path: Path, read: Callable):
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as f:
-            return read(f)
+            yield f
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
 
@@ -234,6 +234,8 @@ def first_fault(error: ValidationError) -> str:
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
     try:
         value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a character is no text: nothing could print or encode it
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({str(error)[:200]}); {remedy}") from None
     if not isinstance(value, dict):

@@ -1,5 +1,7 @@
 """Text to token ids and back, the model's own chat template, and the ids that end an answer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -44,6 +46,8 @@ class Tokenizer:
             fast = FastTokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is damaged ({error}); fetch the model again") from None
+        fast.no_truncation()  # a published file may hold those of its training, which would silently shorten and pad prompts
+        fast.no_padding()
         settings = read_json(directory / "tokenizer_config.json")
         template_file = directory / "chat_template.jinja"
         template = read_text(template_file) if template_file.exists() else settings.get("chat_template")
@@ -53,11 +57,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in the text become their single ids; none is added."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        with self._named_failure(text):
+            return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens kept; bytes that are no UTF-8 become U+FFFD."""
-        return self._fast.decode(ids, skip_special_tokens=False)
+        with self._named_failure(ids):
+            return self._fast.decode(ids, skip_special_tokens=False)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The model's own template over [{"role", "content"}, …], ending where the assistant is to speak.
@@ -69,6 +75,14 @@ class Tokenizer:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
         except ValueError as error:
             raise ValueError(f"{self._directory}: the chat template {error}; fetch the model again") from None
+
+    @contextmanager
+    def _named_failure(self, of: str | list[int]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exception
+            remedy = "mend the text, or fetch the model again"
+            raise ValueError(f"{self._directory}: the tokenizer fails on {of!r:.100} ({error}); {remedy}") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the tokenizer's files as they were published."""

@@ -14,17 +14,17 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from data_types import ALONE, Alone
 from flat import ALIGNMENT
 from harness.console import say
 from optimizer import AdamW
-from published_format import first_fault, read_json, read_tensors, write_tensors
+from published_format import Count, first_fault, read_json, read_tensors, write_tensors
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -34,8 +34,6 @@ OPTIMIZER = "optimizer.tensors"  # in the safetensors format; vLLM takes every *
 PLACE, COMPLETE = "trainer.json", "complete.json"
 SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside the tensors
 REMEDY = "the checkpoint is damaged"
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class Place(BaseModel):
@@ -61,7 +59,10 @@ def lock_directory(directory: Path) -> Iterator[int]:
     A directory that was made for this and is empty in the end is removed. Raises ValueError if another process holds it.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output_dir={directory} is, or lies in, something that is no directory; choose another") from None
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -234,12 +235,12 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
         raise ValueError(f"{PLACE}: {first_fault(error)}") from None
     if checkpoint_path(path.parent, place.step) != path:
         raise ValueError(f"it is a copy of step {place.step}")
-    weights = {name: tensor for file in path.glob("model*.safetensors") for name, tensor in read_tensors(file).items()}
+    weights = list(path.glob("model*.safetensors"))
     if not weights:
         raise ValueError("it holds no weights")
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+    if broken := [name for file in weights for name, tensor in read_tensors(file) if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
-    written = [read_tensors(path / name) for name in _state_files_of(file.name for file in path.iterdir())]
+    written = [dict(read_tensors(path / name)) for name in _state_files_of(file.name for file in path.iterdir())]
     if any(state.keys() != written[0].keys() for state in written):
         raise ValueError("the parts of the optimizer's state do not belong together")
     return place, {name: _own_part([state[name] for state in written], processes) for name in written[0]}

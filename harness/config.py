@@ -39,11 +39,11 @@ class ModelConfig(Section):
 
 class TrainingConfig(Section):
     seed: int = Field(ge=0)
-    max_steps: int = Field(ge=1)
+    max_steps: int = Field(ge=1, le=10**9)
     batch_size: int = Field(ge=2, le=10**6)
     num_questions_per_batch: int = Field(ge=1)
     max_gen_len: int = Field(ge=1)
-    temperature: float = Field(gt=0.0)
+    temperature: float = Field(ge=1e-6, le=1e6)  # beyond, float32 holds no logits divided by it
     skip_unfinished_episodes: bool
     learning_rate: float = Field(gt=0.0, lt=1.0)
     warmup_steps: int = Field(0, ge=0)

@@ -70,15 +70,20 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
         print(erase, end="", file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """Text of whatever origin made safe for a terminal or a page: control, direction and invisible characters spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(line: str = "") -> None:
-    tqdm.write(line)
+    tqdm.write(printable(line))
 
 
 def say_last(text: str, *, failed: bool) -> None:
     """Print, to stderr if the program failed. Where nobody reads any more, nothing comes up again when Python ends."""
     for stream, line in ((sys.stdout, "" if failed else text), (sys.stderr, text if failed else "")):
         try:
-            print(line, end="\n" if line else "", file=stream, flush=True)
+            print(printable(line), end="\n" if line else "", file=stream, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

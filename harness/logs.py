@@ -13,17 +13,62 @@ import shutil
 import textwrap
 import time
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.console import say
-from published_format import MAX_DATA_BYTES, first_fault, parse_json, read_text
+from harness.console import printable, say
+from published_format import MAX_DATA_BYTES, Count, first_fault, parse_json, read_text
 
-FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
-Step = Annotated[int, Field(ge=0, le=10**12)]
 Line = TypeVar("Line", bound=BaseModel)
 PAGE_COLUMNS = 110  # TensorBoard does not wrap what is set in a fixed width
+
+
+class MetricsLine(BaseModel):
+    """A line of metrics.jsonl or timings.jsonl: numbers by name; None stands for one that was not finite."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | None]
+
+    step: Count
+    skipped: str = ""
+    skipped_questions: list[int] = []
+
+
+class SampleLine(BaseModel):
+    """A line of samples.jsonl."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    step: Count
+    kind: str
+    question: str
+    text: str
+    reward: float | None
+    parts: dict[str, float | None]
+    advantage: float | None
+    length: Count
+    finished: bool
+
+
+def read_log(path: Path, kind: type[Line]) -> list[Line]:
+    """The lines of a run's log. A torn last one, as a crash leaves it, is passed over.
+
+    Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
+    """
+    *lines, torn = read_text(path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES).split("\n")
+    if torn:
+        say(f"{path}: passing over the last line, which is torn")
+    read = []
+    for number, line in enumerate(lines, 1):
+        try:
+            read.append(kind.model_validate(parse_json(line, f"{path}, line {number},", remedy="remove the line")))
+        except ValidationError as error:
+            raise ValueError(f"{path}, line {number}: {first_fault(error)}; remove the line") from None
+    return read
+
+
+FILES = {"metrics.jsonl": MetricsLine, "samples.jsonl": SampleLine, "timings.jsonl": MetricsLine}
 
 
 class RunLog:
@@ -32,13 +77,13 @@ class RunLog:
 
         Raises ValueError if what is kept is damaged.
         """
-        self._files, self._board = {}, None
+        self._directory, self._files, self._board = directory, {}, None
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         with contextlib.ExitStack() as closing:
             for name in FILES:
                 file = self._files[name] = closing.enter_context(open(directory / name, "a+b"))
                 file.seek(0)
-                file.truncate(file.read(sizes.get(name, 0)).rfind(b"\n") + 1)
+                file.truncate(file.read()[: sizes.get(name, 0)].rfind(b"\n") + 1)
             with contextlib.suppress(ImportError):  # the dependency group "log" is not installed
                 self._board = _Board(directory / "tensorboard")
                 closing.callback(self._board.close)
@@ -48,12 +93,7 @@ class RunLog:
             self._closing = closing.pop_all()
 
     def read(self, name: str) -> list[dict]:
-        file = self._files[name]
-        file.seek(0)
-        try:
-            return [json.loads(line) for line in file]
-        except ValueError as error:
-            raise ValueError(f"{file.name} is damaged ({error}); remove the line") from None
+        return [line.model_dump(exclude_unset=True) for line in read_log(self._directory / name, FILES[name])]
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
@@ -133,55 +173,9 @@ class _Board:
         self._records.flush()
 
 
-class MetricsLine(BaseModel):
-    """A line of metrics.jsonl or timings.jsonl: numbers by name; None stands for one that was not finite."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None]
-
-    step: Step
-    skipped: str = ""
-    skipped_questions: list[int] = []
-
-
-class SampleLine(BaseModel):
-    """A line of samples.jsonl."""
-
-    step: Step
-    kind: str
-    question: str
-    text: str
-    reward: float | None
-    parts: dict[str, float | None]
-    advantage: float | None
-    length: Step
-    finished: bool
-
-
-def read_log(path: Path, kind: type[Line]) -> list[Line]:
-    """The lines of a run's log. A torn last one, as a crash leaves it, is passed over.
-
-    Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
-    """
-    *lines, torn = read_text(path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES).split("\n")
-    if torn:
-        say(f"{path}: passing over the last line, which is torn")
-    read = []
-    for number, line in enumerate(lines, 1):
-        try:
-            read.append(kind.model_validate(parse_json(line, f"{path}, line {number},", remedy="remove the line")))
-        except ValidationError as error:
-            raise ValueError(f"{path}, line {number}: {first_fault(error)}; remove the line") from None
-    return read
-
-
 def _finite(value):
     """The same with None for every number that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
-def printable(text: str) -> str:
-    """Text of a model made safe for a terminal or a page: control, direction and other invisible characters spelled out."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

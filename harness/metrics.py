@@ -8,6 +8,8 @@ import numpy as np
 from data_types import Episode, UpdateStats
 
 MISMATCH = 0.1  # nats; bf16 rounding alone stays well below
+UNCOUNTED = ('no reward has a part "answer", so success cannot be counted and is shown as nan or 0 %: let the task return '
+             'Reward(total, {"answer": 1.0}) for a solved question, and 0.0 for another')  # fmt: skip
 
 
 def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: float, num_answers: int) -> dict[str, float]:
@@ -49,8 +51,7 @@ def smells(recent: list[dict[str, float]]) -> set[str]:
         found.add("for 20 steps every group had equal rewards, so nothing was learned: the task is too easy or too hard for this "
                   "model, or the groups are too small; look at samples.jsonl, and try a larger training.batch_size")
     if not recent[-1].keys() & {"rewards/answer", "rewards/error"}:
-        found.add('no reward has a part "answer", so success cannot be counted and is shown as nan or 0 %: let the task return '
-                  'Reward(total, {"answer": 1.0}) for a solved question, and 0.0 for another')
+        found.add(UNCOUNTED)
     if recent[-1]["completions/clipped_ratio"] == 1:
         found.add("no answer finished: raise training.max_gen_len, or look at samples.jsonl for answers that run in circles")
     if recent[-1]["sampling/logp_difference_mean"] > MISMATCH:

@@ -58,8 +58,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
-    """What each of so many cards needs, or of so many processes.
+def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1, held_out: int | None = None) -> Plan:
+    """What each of so many cards needs, or of so many processes; held_out: how many questions, None: data.test_size.
 
     Raises ValueError naming the settings that would make the run fit, if it does not.
     """
@@ -90,7 +90,9 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1) -> Plan:
     cache_bytes = max(cache_rows, 1) * row_bytes
     rollout["decode step"] = max(cache_rows, 1) * step_bytes
     rollout[f"KV cache, {max(cache_rows, 1)} of {answers} rows at once"] = cache_bytes + max(cache_rows, 1) * ahead
-    more_prompts = prompt_bytes * max(0, -(-config.data.test_size // cards) - questions)
+    if held_out is None:
+        held_out = getattr(config.data, "test_size", 0)  # a task may have other keys
+    more_prompts = prompt_bytes * max(0, -(-held_out // cards) - questions)
     evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
     update = fixed | {"gradients": weights,
@@ -188,13 +190,22 @@ def find_shape(model_path: str) -> Qwen2Config:
     """The model's shape: of the directory or, before it is downloaded, of the published model of that name."""
     path = Path(model_path)
     size = next((size for size in PUBLISHED if f"qwen2.5-{size}".lower() in path.name.lower()), None)
-    if path.exists() or size is None:
+    if path.exists():
         return Qwen2Config.from_json(path / "config.json")
+    if size is None:
+        raise FileNotFoundError(absent_model(path))
     hidden, intermediate, layers, heads, key_heads, tied = PUBLISHED[size]
     return Qwen2Config(
         vocab_size=151936 if tied else 152064, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768, rms_norm_eps=1e-6,
         rope_theta=1e6, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def absent_model(path: Path) -> str:
+    return f"model.path={path} does not exist; " + (
+        f"fetch it with\n  uv run hf download Qwen/{path.name} --local-dir {path}" if path.name.startswith("Qwen2.5-") else
+        "name a directory with a model, or make a small one: uv run warm_start.py"
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from harness.config import Config, as_yaml, load_config
 from harness.console import say
 from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
-from harness.plan import GIB, find_shape, make_plan
+from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.tasks import draw_problems, guard_reward, load_problems, load_task, make_question
 from optimizer import AdamW
 from published_format import read_json
@@ -52,6 +52,7 @@ from tokenizer import Tokenizer
 # What a resumed run may not change: it would no longer be the same run.
 FIXED_KEYS = ("task", "data", "model.dtype", "training.seed", "training.batch_size", "training.num_questions_per_batch")
 UNFORESEEN = 70  # a fault of this program: its traceback is shown
+SHOWN = ("eval/success", "eval/success_low", "eval/success_high", "eval/questions")  # of an evaluation
 
 
 class Finished(Exception):
@@ -161,7 +162,8 @@ class Run:
             closes=[self.lock] if self.processes.rank == 0 else [],
         )  # fmt: skip
         self.closing.callback(self.reward.close)
-        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size)
+        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size,
+                              held_out=len(self.problems[1]))
         if config.model.device == "cuda":
             check_card(config, self.plan)
         return config
@@ -201,23 +203,20 @@ class Run:
 
     def _ask_for_what_is_missing(self) -> None:
         """Load the problems, and name all at once that the user has to fetch."""
-        config, missing, name = self.config, [], self.source.name
+        config, missing = self.config, []
         if no_card := why_no_card() if config.model.device == "cuda" else "":
             missing.append(no_card)
         elif config.model.device == "cuda" and (count := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
             missing.append(f"{count} processes were started here, but there are {torch.cuda.device_count()} CUDA devices; lower "
                            "--nproc-per-node")
         if not self.source.exists():
-            published = name.startswith("Qwen2.5-")
-            missing.append(f"model.path={self.source} does not exist; " + (
-                f"fetch it with\n  uv run hf download Qwen/{name} --local-dir {self.source}" if published else
-                "name a directory with a model, or make a small one: uv run warm_start.py"
-            ))  # fmt: skip
+            missing.append(absent_model(self.source))
         try:
             self.problems = load_problems(self.task, config.data)
         except FileNotFoundError as error:
             missing.append(str(error))
-        if no_card or "hf download" in "".join(missing):
+        said = "".join(missing)
+        if (no_card or "hf download" in said) and "config_tiny.yaml" not in said:
             missing.append("or train without card and download: uv run train.py --config config_tiny.yaml")
         if missing:
             raise FileNotFoundError("\n".join(missing))
@@ -250,8 +249,9 @@ class Run:
 
     def _check_lengths(self, shape: Qwen2Config, tokenizer: Tokenizer, held_out: list[Question]) -> None:
         """Of every prompt that the run will use: now, and not after days."""
-        training, steps = self.config.training, range(self.place.step + 1, self.config.training.max_steps + 1)
-        count = training.num_questions_per_batch
+        training, first, count = self.config.training, self.place.step, self.config.training.num_questions_per_batch
+        all_drawn = first + 2 * -(-len(self.problems[0]) // count)  # two passes meet every problem
+        steps = range(first + 1, min(training.max_steps, all_drawn) + 1)
         drawn = (make_question(self.task, problem, tokenizer) for step in steps
                  for problem in draw_problems(self.problems[0], step, count=count, seed=training.seed))
         total, hidden = len(held_out) + len(steps) * count, self.processes.rank > 0
@@ -269,10 +269,13 @@ class Run:
         path = self.source / "made_for.json"
         if not path.exists():
             return
-        made_for = read_json(path)
+        made_for, same = read_json(path), False
         if made_for.get("task") != self.config.task:
-            say(f"warning: {self.source} was made for task={made_for.get('task')} and knows nothing of {self.config.task}")
-        elif tokenizer.encode(self.task.render_prompt(made_for["problem"], tokenizer)) != made_for["prompt_token_ids"]:
+            say(f"warning: {self.source} was made for task={made_for.get('task')!s:.100} and knows nothing of {self.config.task}")
+            return
+        with contextlib.suppress(LookupError, TypeError, AttributeError):  # of a problem that is none of the task's
+            same = tokenizer.encode(self.task.render_prompt(made_for["problem"], tokenizer)) == made_for["prompt_token_ids"]
+        if not same:
             raise ValueError(f"{self.source} was made for another prompt or tokenizer; make it anew: remove it, then "
                              f"uv run warm_start.py --out {self.source}")
 
@@ -449,7 +452,7 @@ class Run:
         return checkpoint_path(self.checkpoints, self.saved_step)
 
     def _outcome(self) -> str:
-        evaluations = [record for record in self.log.read("metrics.jsonl") if "eval/success" in record]
+        evaluations = [record for record in self.log.read("metrics.jsonl") if None not in map(record.get, SHOWN)]
         if not evaluations:  # a process that does not write
             return ""
         return (f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"
@@ -466,7 +469,7 @@ def _prepare_process(config: Config) -> None:
 
 
 def _success(metrics: dict) -> str:
-    return (f"{metrics['eval/success']:.1%} of {metrics['eval/questions']} held-out questions solved "
+    return (f"{metrics['eval/success']:.1%} of {metrics['eval/questions']:.0f} held-out questions solved "
             f"(95 % interval {metrics['eval/success_low']:.1%} … {metrics['eval/success_high']:.1%})")
 
 

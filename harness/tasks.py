@@ -29,10 +29,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from data_types import Question, Reward
 from generate import seeded_generator
-from harness.logs import printable
+from harness.console import printable
 from tokenizer import Tokenizer
 
 FUNCTIONS = ("load_problems", "render_prompt", "reward_function")
@@ -55,14 +56,21 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task={name!r} is there, but its import fails with {reason:.300} ({place[0]}:{place[1]})") from None
     if missing := [f for f in FUNCTIONS if not callable(getattr(task, f, None))]:
         raise ValueError(f"task={name!r} lacks {', '.join(missing)}; harness/tasks.py says what each does")
+    if not isinstance(getattr(task, "Data", BaseModel), type(BaseModel)):
+        raise ValueError(f"task={name!r}: its Data must be a pydantic BaseModel, which declares the keys of the section data")
     return task
 
 
 def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence[dict]]:
     """The task's training and held-out problems. Raises ValueError if there are none, or its reward function cannot take them."""
-    train, test = task.load_problems(data)
-    for kind, problems in (("training", train), ("held-out", test)):
-        if not len(problems):
+    found = task.load_problems(data)
+    try:
+        train, test = found
+        sizes = len(train), len(test)
+    except (TypeError, ValueError):
+        raise ValueError(f"task={task.__name__!r}: load_problems returned {found!r:.100}; wanted two lists of problems") from None
+    for kind, problems, size in zip(("training", "held-out"), (train, test), sizes, strict=True):
+        if not size:
             raise ValueError(f"task={task.__name__!r} leaves no {kind} problems; give it more data, or change data.test_size")
         try:
             inspect.signature(task.reward_function).bind("the response", **problems[0])
@@ -234,8 +242,9 @@ class _Printable(io.TextIOBase):
 
 def _plain(reward: Reward) -> tuple[float, dict[str, float]]:
     """A reward as numbers that JSON can hold; whatever adds to a float is one, numpy's included, and a text is not."""
-    if not isinstance(reward, Reward) or not isinstance(reward.parts, dict):
-        raise TypeError(f"it returned {reward!r}, not a Reward with its parts")
+    if not (isinstance(reward, Reward) and isinstance(reward.parts, dict)
+            and all(isinstance(name, str) and name.isprintable() for name in reward.parts)):  # fmt: skip
+        raise TypeError(f"it returned {reward!r}, not a Reward whose parts have names")
     try:
         total, *parts = (float(number + 0.0) for number in (reward.total, *reward.parts.values()))
     except TypeError:

@@ -111,6 +111,13 @@ def test_no_bar_where_nobody_looks(capfd):
     assert capfd.readouterr() == ("a line\n", "")
 
 
+def test_what_is_said_steers_no_terminal_and_can_be_printed(capsys):
+    # Catches: printable left out of say or say_last, where names of files and texts of models come by.
+    for say in (console.say, lambda text: console.say_last(text, failed=False)):
+        say("a\x1b[2J\u202e\udcff\nb")
+        assert capsys.readouterr().out == "a\\x1b[2J\\u202e\\udcff\nb\n"
+
+
 def test_the_table_fits_the_terminal():
     metrics = {name: 1 for name, _ in console.COLUMNS.values()} | {"completions/mean_length": 1234.5, "step": 99_999}
     assert len(console.heading()) == len(console.row(metrics)) <= COLUMNS

@@ -22,7 +22,7 @@ TASK = '''
 from data_types import Reward
 
 def load_problems(data):
-    return [], [{"numbers": [i] * (2 + i % 2)} for i in range(data.test_size)]
+    return [{"numbers": [0, 0]}], [{"numbers": [i] * (2 + i % 2)} for i in range(data.test_size)]
 
 def render_prompt(problem, tokenizer):
     return f"Say something about {problem['numbers']}.\\n<think>"
@@ -163,6 +163,34 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(run, tmp_path, capsys):
     assert error.count("\n") == 1
     (checkpoint / "complete.json").unlink()
     assert evaluate.main([str(checkpoint), *SHORT]) == 0
+
+
+DATA = '''
+from pydantic import BaseModel
+
+class Data(BaseModel):
+    count: int
+
+def load_problems(data):
+    return [{"numbers": [0, 0]}], [{"numbers": [i, i]} for i in range(data.count)]
+'''
+
+
+@pytest.mark.parametrize(("change", "code", "said"), [
+    (lambda text: text.replace('"answer"', '"solved"'), 0, 'warning: no reward has a part "answer", so success cannot be counted'),
+    (lambda text: text.replace("for i in range(data.test_size)", "for i in ()"), 2, "leaves no held-out problems"),
+    (lambda text: text.replace("numbers):", "number):"), 2, "reward_function cannot be called"),
+    (lambda text: text + DATA, 0, "3 held-out questions"),
+], ids=["no answer", "no problems", "other keys", "data of its own"])  # fmt: skip
+def test_a_task_is_looked_at_as_in_training(change, code, said, models, tmp_path, monkeypatch, capsys):
+    # Catches: task.load_problems called as it is; success of 0 % where none can be counted; config.data.path of any task.
+    name = f"changed_task_{code}_{len(said)}"
+    (tmp_path / f"{name}.py").write_text(change(TASK))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = "data={path: x, test_size: 3}" if DATA not in change(TASK) else "data.count=3"
+    (tmp_path / "task.yaml").write_text(CHANCE.replace("chance_task", name))
+    assert evaluate.main([str(models / "first"), "--config", str(tmp_path / "task.yaml"), "training.max_gen_len=5", data]) == code
+    assert said in "".join(capsys.readouterr())
 
 
 # ---------------------------------------------------------------- one question

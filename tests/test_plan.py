@@ -32,6 +32,19 @@ def test_weights_are_counted_right(size):
     assert num_weights(shape) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_model_that_is_not_there_and_is_none_of_the_published_is_asked_for():
+    with pytest.raises(FileNotFoundError, match=r"^model\.path=nowhere/none does not exist; name a directory"):
+        find_shape("nowhere/none")
+
+
+def test_a_task_may_not_say_how_many_questions_it_holds_out():
+    # Catches: config.data.test_size of any task; held_out not passed on.
+    config = small("model.memory_gib=2.0")
+    config = config.model_copy(update={"data": object()})
+    few, many = (make_plan(config, SHAPE, held_out=held_out).evaluation_cache_bytes for held_out in (0, 1000))
+    assert make_plan(config, SHAPE).evaluation_cache_bytes == few > many
+
+
 @pytest.mark.parametrize("checkpoint_layers", [0, 3, 7])
 def test_activations_are_what_autograd_keeps(checkpoint_layers):
     # Catches: norms that keep nothing in float32; checkpoint_layers and the rest exchanged; bytes of one dtype for the other.

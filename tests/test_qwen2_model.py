@@ -429,10 +429,11 @@ def test_a_damaged_setting_is_named_with_its_value(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10**5, '{"a":' * 10**5, '{"vocab_size": ' + "1" * 10**4 + "}"], ids=["lists", "objects", "digits"]
-)
+    "text", ["[" * 10**5, '{"a":' * 10**5, '{"vocab_size": ' + "1" * 10**4 + "}", '{"model_type": "\\ud800"}'],
+    ids=["lists", "objects", "digits", "half a character"],
+)  # fmt: skip
 def test_json_that_would_exhaust_the_parser_is_named_in_one_line(text, saved):
-    # Catches: RecursionError left out of parse_json.
+    # Catches: RecursionError left out of parse_json; half a character let through, at which the message itself cannot be printed.
     for name in ("model.safetensors.index.json", "config.json"):
         (saved / name).write_text(text)
         message = load_error(saved)

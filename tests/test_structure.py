@@ -37,7 +37,7 @@ ALLOWED = {
     "harness.logs": {"harness.console", "published_format"},
     "harness.parallel": {"data_types", "gpu", "harness.plan"},
     "harness.metrics": {"data_types"},
-    "harness.tasks": {"harness.logs", "data_types", "generate", "tokenizer"},
+    "harness.tasks": {"harness.console", "data_types", "generate", "tokenizer"},
     "harness.config": {"harness.tasks", "published_format"},
     "harness.plan": {"harness.config", "harness.cpu", "gpu", "grpo", "optimizer", "qwen2_model"},
     "harness.card": {"harness.config", "harness.plan", "gpu"},
@@ -64,7 +64,7 @@ ALLOWED = {
     "warm_start": {
         "harness.config", "harness.cpu", "countdown_task", "data_types", "flat", "grpo", "packing", "qwen2_model", "tokenizer",
     },
-    "plot": {"harness.logs"},
+    "plot": {"harness.console", "harness.logs"},
 }  # fmt: skip
 ALGORITHM = (
     "data_types", "flat", "gpu", "published_format", "chat_template", "optimizer", "qwen2_model", "tokenizer", "countdown_task",

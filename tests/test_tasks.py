@@ -51,6 +51,10 @@ def test_a_task_may_lie_in_a_package(tmp_path, monkeypatch):
         (".countdown_task", ["not a module name"]),
         ("countdown_task.", ["not a module name"]),
         ("a task", ["not a module name"]),
+        ("os.path", ["task='os.path' lacks load_problems"]),
+        ("../countdown_task", ["not a module name"]),
+        ("json.tool.x", ["task='json.tool.x'"]),
+        ("train", ["task='train' lacks load_problems"]),
         ("json", ["task='json'", "load_problems, render_prompt, reward_function", "tasks.py"]),
     ],
 )
@@ -118,6 +122,22 @@ def test_problems_that_cannot_be_used_are_named_at_the_start(train, test, reward
     with pytest.raises(ValueError, match="task='some_task'") as caught:
         load_problems(task, None)
     assert [part for part in wanted if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("found", [None, 3, ([{"key": 1}],), ([{"key": 1}], iter([{"key": 1}]))], ids=repr)
+def test_problems_that_are_not_two_sequences_are_named(found):
+    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: found, reward_function=one_key)
+    with pytest.raises(ValueError, match=r"task='some_task': load_problems returned .*; wanted two lists"):
+        load_problems(task, None)
+
+
+@pytest.mark.parametrize("line", ["Data = 3", "class Data: pass"])
+def test_keys_that_pydantic_does_not_know_are_named(line, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"task_with_data_of_{len(line)}"
+    write_module(tmp_path, name, COMPLETE + line)
+    with pytest.raises(ValueError, match=f"task='{name}': its Data must be a pydantic BaseModel"):
+        load_task(name)
 
 
 def test_any_key_will_do_that_the_reward_function_takes():
@@ -265,12 +285,31 @@ def returns_no_text_as_a_parts_name(response, **problem):
     return Reward(1.0, {("answer",): 1.0})
 
 
+def returns_an_escape_as_a_parts_name(response, **problem):
+    return Reward(1.0, {"\x1b[2J": 1.0})
+
+
+def returns_half_a_character_as_a_parts_name(response, **problem):
+    return Reward(1.0, {"\ud800": 1.0})
+
+
+def closes_all_files(response, **problem):
+    os.closerange(0, 1000)
+    return Reward(1.0, {})
+
+
+def forks_and_hangs(response, **problem):
+    os.fork()
+    time.sleep(FOR_EVER)
+
+
 HANGING = [sleeps, loops, loops_and_swallows, sleeps_and_swallows, matches_for_ever, loops_and_swallows_all, blocks_signals,
-           sums_in_c, stops_its_process]  # fmt: skip
-ENDING = [exits_at_once, is_killed, kills_its_group]
+           sums_in_c, stops_its_process, forks_and_hangs]  # fmt: skip
+ENDING = [exits_at_once, is_killed, kills_its_group, closes_all_files]
 FAILING = [
     raises, recurses, returns_a_number, returns_nothing, returns_a_text_as_total, takes_other_keywords, exits, asks_to_stop,
-    eats_memory, returns_too_much, returns_a_part_too_much, returns_a_huge_integer, returns_no_text_as_a_parts_name, *ENDING,
+    eats_memory, returns_too_much, returns_a_part_too_much, returns_a_huge_integer, returns_no_text_as_a_parts_name,
+    returns_an_escape_as_a_parts_name, returns_half_a_character_as_a_parts_name, *ENDING,
 ]  # fmt: skip
 
 

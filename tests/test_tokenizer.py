@@ -252,6 +252,24 @@ def test_padding_has_an_id_even_where_none_is_published(tmp_path):
         assert Tokenizer.from_pretrained(write_tokenizer(tmp_path / str(i), **changes)).pad_id == END
 
 
+def test_a_published_truncation_or_padding_is_that_of_its_training_and_not_ours(tmp_path):
+    # Catches: no_truncation or no_padding left out: the end of a prompt is dropped without a word.
+    fast = FastTokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))
+    fast.enable_truncation(5)
+    fast.enable_padding(length=20, pad_id=PAD, pad_token="<pad>")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_pretrained(tmp_path).decode(Tokenizer.from_pretrained(tmp_path).encode("a prompt")) == "a prompt"
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path):
+    # Catches: the bare Exception of the library let through.
+    write_tokenizer(tmp_path)
+    FastTokenizer(models.WordLevel({"<end>": 0}, unk_token="<unknown>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"the tokenizer fails on 'hi'.*fetch the model again") as caught:
+        Tokenizer.from_pretrained(tmp_path).encode("hi")
+    assert str(tmp_path) in str(caught.value)
+
+
 # ---------------------------------------------------------------- chat templates
 
 

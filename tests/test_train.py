@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import generate
 import train
 from data_types import Reward
 from harness import checkpoint, run
+from harness.config import load_config
 from qwen2_model import Transformer
 from tests import letters_task
 from tests.helpers import sign
@@ -32,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = [
     "training.batch_size=12", "training.num_questions_per_batch=4", "training.max_gen_len=24", "training.max_steps=6",
     "training.eval_interval=3", "training.ckpt_save_interval=2", "training.micro_batch_tokens=300", "training.max_skipped_steps=2",
-    "training.skip_unfinished_episodes=false", "data.test_size=5", "task=tests.letters_task",
+    "training.skip_unfinished_episodes=false", "training.warmup_steps=3", "data.test_size=5", "task=tests.letters_task",
 ]  # fmt: skip
 ANSWERS, HELD_OUT = 12, 5  # of a step, of an evaluation: calls of the reward function
 
@@ -511,7 +514,25 @@ def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
     assert [r["step"] for r in records(directory)] == [1, 2, 5, 6]
     (directory / "metrics.jsonl").write_bytes(b"\0" * 50 + b"\n")
     assert train.main(arguments) == 2
-    assert "metrics.jsonl is damaged" in capsys.readouterr().err
+    assert f"{directory}/metrics.jsonl, line 1, is not valid JSON" in capsys.readouterr().err
+
+
+# Catches: json.loads in RunLog.read; "eval/success" alone looked for by _outcome, after the last step.
+@pytest.mark.parametrize(("line", "code", "said"), [
+    ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"), ("[]", 2, "metrics.jsonl, line 1, holds a list"),
+    ('{"step": -1}', 2, "metrics.jsonl, line 1: step"), ('{"step": 0, "eval/success": null}', 0, "after: "),
+    ('{"step": 0, "eval/success": 0.5}', 0, "after: "),
+], ids=["deep", "a list", "a step", "null", "without its interval"])  # fmt: skip
+def test_a_resumed_run_reads_its_log_as_everything_else_does(line, code, said, finished, capsys):
+    directory, arguments = finished
+    whole = (directory / "metrics.jsonl").read_text().split("\n")
+    place = directory / "checkpoints/step-000004"
+    sizes = json.loads((place / "trainer.json").read_text())["log_sizes"] | {"metrics.jsonl": 10**9}
+    edit_json(place / "trainer.json", log_sizes=sizes)
+    sign(place)
+    (directory / "metrics.jsonl").write_text("\n".join([line, *whole[1:]]))
+    assert train.main([*arguments, "training.max_steps=5"]) == code
+    assert said in "".join(capsys.readouterr())
 
 
 # ---------------------------------------------------------------- who may go on, and with what
@@ -560,6 +581,22 @@ def test_a_resumed_run_goes_by_its_own_config(finished, tmp_path, capsys):
     assert f"output_dir: {directory}" in (directory / "config.yaml").read_text()
 
 
+def test_the_learning_rate_warms_up_and_goes_on_where_a_run_is_resumed(finished):
+    # Catches: warmup_steps counted from the step at which the run was resumed.
+    directory, arguments = finished
+    assert train.main([*arguments, "training.warmup_steps=5"]) == 0
+    rates = [record["learning_rate"] for record in records(directory)]
+    assert rates == pytest.approx([3e-4 * share for share in (1 / 3, 2 / 3, 1, 1, 1, 1)])
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_an_output_directory_that_cannot_be_one_is_named(name, base_model, tmp_path, capsys):
+    # Catches: the bare errno of mkdir.
+    (tmp_path / "file").write_text("")
+    assert train.main(command(tmp_path / name, base_model)) == 2
+    assert capsys.readouterr().err.startswith(f"error: output_dir={tmp_path / name} is, or lies in, something")
+
+
 def test_a_run_beyond_max_steps_is_refused_before_anything_changes(finished, capsys):
     directory, arguments = finished
     before = (directory / "config.yaml").read_bytes()
@@ -567,6 +604,17 @@ def test_a_run_beyond_max_steps_is_refused_before_anything_changes(finished, cap
     assert capsys.readouterr().err == "error: the run is at step 4, beyond training.max_steps=3; raise it\n"
     assert (directory / "config.yaml").read_bytes() == before
     assert len(records(directory)) == 4
+
+
+def test_less_memory_gives_the_same_answers(finished_run, base_model, tmp_path, monkeypatch):
+    # Catches: random numbers that belong to the place in the batch instead of to the answer.
+    plan, count, slots = run.make_plan, generate.count_slots, []
+    monkeypatch.setattr(run, "make_plan", lambda *args, **kwargs: replace(plan(*args, **kwargs), cache_bytes=3 * 128 * (24 + 24)))
+    monkeypatch.setattr(generate, "count_slots", lambda *args, **kwargs: slots.append(count(*args, **kwargs)) or slots[-1])
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=2")) == 0
+    ours, whole = ((directory / "samples.jsonl").read_text() for directory in (tmp_path / "run", finished_run))
+    assert [json.loads(line)["text"] for line in ours.splitlines()] == [json.loads(line)["text"] for line in whole.splitlines()[:6]]
+    assert slots[1:3] == [3, 3]
 
 
 # ---------------------------------------------------------------- numbers that go wrong
@@ -786,6 +834,35 @@ def test_all_that_is_missing_is_named_with_its_way_out(tmp_path, monkeypatch, ca
 def test_answers_longer_than_the_model_are_refused_before_training(base_model, tmp_path, capsys):
     assert train.main(command(tmp_path / "run", base_model, "training.max_gen_len=2040")) == 2
     assert "max_position_embeddings" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def late_problem(base_model, tmp_path, nums) -> list[str]:
+    """The arguments of a run whose last step draws a problem of its own."""
+    rows = [{"nums": [3, 5, i], "target": 22} for i in range(40)]
+    arguments = command(tmp_path / "run", base_model, f"data.path={tmp_path}/rows.jsonl")
+    seed = load_config(ROOT / "config_tiny.yaml").training.seed
+    rows[run.draw_problems(range(40 - HELD_OUT), 6, count=4, seed=seed)[-1]]["nums"] = nums
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return arguments
+
+
+# Catches: the prompts of the held-out questions or of the first steps alone looked at.
+def test_a_prompt_too_long_of_the_last_step_is_refused_at_the_start(base_model, tmp_path, capsys):
+    assert train.main(late_problem(base_model, tmp_path, [7] * 2500)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the problem {'numbers': [7, 7, ")
+    assert "exceed the model's 2048 positions (max_position_embeddings); shorten the prompt" in error  # not: max_gen_len=-5000
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_is_heard_while_prompts_are_looked_at(base_model, tmp_path, monkeypatch, capsys):
+    # Catches: no look at the signals in _check_lengths: the problem of the last step is met first.
+    interrupt = Planted(letters_task.render_prompt, lambda prompt: os.kill(os.getpid(), signal.SIGTERM) or prompt, [HELD_OUT + 3])
+    monkeypatch.setattr(letters_task, "render_prompt", interrupt)
+    assert train.main(late_problem(base_model, tmp_path, [7] * 2500)) == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.endswith("interrupted\n")
     assert not (tmp_path / "run").exists()
 
 
