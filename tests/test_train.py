@@ -519,10 +519,8 @@ def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
 
 # Catches: json.loads in RunLog.read; "eval/success" alone looked for by _outcome, after the last step.
 @pytest.mark.parametrize(("line", "code", "said"), [
-    ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"), ("[]", 2, "metrics.jsonl, line 1, holds a list"),
-    ('{"step": -1}', 2, "metrics.jsonl, line 1: step"), ('{"step": 0, "eval/success": null}', 0, "after: "),
-    ('{"step": 0, "eval/success": 0.5}', 0, "after: "),
-], ids=["deep", "a list", "a step", "null", "without its interval"])  # fmt: skip
+    ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"), ('{"step": 0, "eval/success": null}', 0, "after: "),
+], ids=["deep", "null"])  # fmt: skip
 def test_a_resumed_run_reads_its_log_as_everything_else_does(line, code, said, finished, capsys):
     directory, arguments = finished
     whole = (directory / "metrics.jsonl").read_text().split("\n")
