@@ -98,7 +98,7 @@ def measure(report: Report, args: argparse.Namespace, scratch: Path) -> None:
     for config in configs:
         report.run(f"the plan of {config}", [*TRAIN, "--plan", "--config", config], minutes=1)
         report.run(f"the check by {config}", [*TRAIN, "--check", "--config", config, *on, *few], minutes=3)
-    report.run("tests that need a card", [*PYTHON, "-m", "pytest", "-m", "gpu"], minutes=4)
+    report.run("tests that need a card", [*PYTHON, "-m", "pytest", "-n", "0", "-m", "gpu"], minutes=4)
 
     tiny = [*TRAIN, "--config", "config_tiny.yaml", *on, *few, *short]
     report.run("the tiny run", [*tiny, f"output_dir={scratch}/whole"], minutes=4)

@@ -4,10 +4,11 @@ import os
 import signal
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two processes of two threads would wait for each other
+
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items):

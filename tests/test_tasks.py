@@ -124,7 +124,9 @@ def test_problems_that_cannot_be_used_are_named_at_the_start(train, test, reward
     assert [part for part in wanted if part not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("found", [None, 3, ([{"key": 1}],), ([{"key": 1}], iter([{"key": 1}]))], ids=repr)
+@pytest.mark.parametrize(
+    "found", [None, 3, ([{"key": 1}],), ([{"key": 1}], iter([{"key": 1}]))], ids=["nothing", "a number", "one", "an iterator"]
+)
 def test_problems_that_are_not_two_sequences_are_named(found):
     task = SimpleNamespace(__name__="some_task", load_problems=lambda data: found, reward_function=one_key)
     with pytest.raises(ValueError, match=r"task='some_task': load_problems returned .*; wanted two lists"):
