@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.model.device == "cpu":
             cpu.prepare_process()
         elif reason := why_no_card():
-            raise ValueError(f"{reason}; or add model.device=cpu")
+            raise ValueError(f"{reason}; or add model.device=cpu (for the model of the tiny run: --config config_tiny.yaml)")
         directories = [directory for directory, _ in located]
         if arguments.ask is not None:
             ask(config, directories[0], arguments.ask, temperature=arguments.temperature)

@@ -78,6 +78,8 @@ def main() -> int:
     if args.make:
         make_model(args.make, args.shape, args.device)
         return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is here; --device cpu --shape tiny tries the script itself")
     report = Report(args.out.absolute(), args.minutes)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         measure(report, args, Path(scratch))
