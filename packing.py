@@ -67,7 +67,12 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
         e = episodes[i]
         new_group = previous is None or episodes[previous].question_id != e.question_id
         total += len(e.response_token_ids) + new_group * len(e.prompt_token_ids)
-    limit = total / (-(-total // (micro_batch_tokens * multiple)) * multiple)  # even shares
+    # Where processes wait for each other, shares are even only if the prompts are reckoned with that begin a row once more.
+    again = max((len(e.prompt_token_ids) for e in episodes), default=0) if multiple > 1 else 0
+    count = multiple
+    while total + (count - 1) * again > count * micro_batch_tokens and count < len(episodes):
+        count += multiple
+    limit = (total + (count - 1) * again) / count
     row, size, group = [], 0, None
     for i in order:
         e = episodes[i]

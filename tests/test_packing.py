@@ -10,7 +10,7 @@ from helpers import episode, random_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packing import attend_within, pack_rows
+from packing import attend_within, deal, pack_rows
 
 H, K, D = 10, 2, 6
 
@@ -174,3 +174,13 @@ def test_keys_come_in_multiples_that_kernels_read_without_copying():
         attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, *random_qkv(len(row.tokens_S)))
     assert keys
     assert all(count % 16 == 0 for count in keys)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_rows_of_several_processes_are_even_shares(processes):
+    # Catches: `again` left out (of two processes one got 4 rows and the other 3: 18 % more work).
+    episodes = [episode(q, [1] * 140, [2] * 32, 0.0) for q in range(8) for _ in range(16)]
+    sizes = [len(row.tokens_S) for row in pack_rows(episodes, [1.0] * len(episodes), 1024, processes)]
+    assert max(sizes) <= 1024
+    shares = [sum(sizes[r] for r in rows) for rows in deal(sizes, processes)]
+    assert max(shares) < 1.08 * sum(shares) / processes
