@@ -27,7 +27,7 @@ from harness import cpu
 from harness.card import why_no_card
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
-from harness.console import PhaseWatch, printable, say
+from harness.console import PhaseWatch, printable, say, say_last
 from harness.logs import SampleLine, read_log
 from harness.metrics import UNCOUNTED, compare_models, model_summary
 from harness.tasks import guard_reward, load_problems, load_task, make_question
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             score(config, directories, samples=arguments.samples, temperature=arguments.temperature, json_path=arguments.json)
     except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say_last(f"error: {error}", failed=True)
         return 2
     except KeyboardInterrupt:
         return 130

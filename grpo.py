@@ -156,11 +156,11 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_PE: Tensor, model: Transformer, row: Row, num_tokens: int, temperature: float, vocab_size: int):
         head_VE, losses, logprobs = model.head_weight_VE, [], []
-        if learns := ctx.needs_input_grad[0]:
-            ctx.grad_hidden_PE = torch.empty_like(hidden_PE)
+        ctx.grad_hidden_PE, learns = torch.empty_like(hidden_PE), ctx.needs_input_grad[0]
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
-        for i, chunk in enumerate(row.chunks(size)):
-            hidden_CE, targets_C1 = hidden_PE[i * size : (i + 1) * size], chunk.targets_P[:, None]
+        chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
+        for chunk, hidden_CE, grad_hidden_CE in chunks:
+            targets_C1 = chunk.targets_P[:, None]
             logits_CV = model.logits(hidden_CE)
             logprobs_CV = log_probs(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)), temperature, vocab_size)
             del logits_CV  # what is large dies before its successor is made
@@ -172,7 +172,7 @@ class ChunkedLoss(torch.autograd.Function):
             if learns:
                 grad_C1 = torch.autograd.grad(loss, logprobs_C)[0][:, None] / temperature
                 grad_CV = logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1).to(head_VE.dtype)
-                torch.mm(grad_CV, head_VE, out=ctx.grad_hidden_PE[i * size : (i + 1) * size])
+                torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
                 head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
                 del grad_CV
             del logprobs_CV

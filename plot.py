@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from harness.console import printable
+from harness.console import say_last
 from harness.logs import MetricsLine, read_log
 
 WIDTH, HEIGHT, DOTS_PER_INCH = 9.0, 6.0, 200  # inches; shown 900 pixels wide, sharp on dense screens too
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         with rc_context(STYLE):
             figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None} if out.suffix == ".svg" else {})
     except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say_last(f"error: {error}", failed=True)
         return 2
     print(out)
     return 0

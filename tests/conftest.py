@@ -37,6 +37,14 @@ def base_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def own_signals():
     """train.py takes over the signals of its process; this gives them back."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

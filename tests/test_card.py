@@ -41,13 +41,8 @@ HOST_READS = {
 }  # fmt: skip; the last is the operator that tolist() and numpy() call
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operators as small as these wait longer for a second thread than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Operators as small as these wait longer for a second thread than they work.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reads_host(func, args) -> bool:

@@ -26,12 +26,7 @@ ROOT = Path(__file__).parent.parent
 FEW = ["training.batch_size=8", "training.num_questions_per_batch=2", "training.max_gen_len=24", "training.micro_batch_tokens=300"]
 
 
-@pytest.fixture(autouse=True)
-def one_process_like_another(own_signals):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_signals", "one_thread")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +28,7 @@ SMALL = ["--config", TINY, "training.batch_size=4", "training.num_questions_per_
          "training.keep_checkpoints=2", "training.reward_timeout=5.0"]  # fmt: skip
 SECONDS = 60  # beyond, it hangs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_signals", "one_thread")]
 
 WORDS = st.text("ab1_.<|>/é\0\n\x1b\u202e", max_size=6) | st.sampled_from(
     ["nan", "../x", "model.safetensors", "false", "content", "special", "<|im_end|>", "\ud800", "[" * 99999, "1" * 5000, "a" * 4999]
@@ -43,14 +42,6 @@ VALUES = st.recursive(
 
 def fuzz(examples: int):
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(own_signals):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def hang(*_):

@@ -40,13 +40,8 @@ SMALL = [
 ANSWERS, HELD_OUT = 12, 5  # of a step, of an evaluation: calls of the reward function
 
 
-@pytest.fixture(autouse=True)
-def one_process_like_another(own_signals):
-    """With one thread, as the other processes have it: sums are taken in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# One thread, as the other processes have it: sums are taken in one order.
+pytestmark = pytest.mark.usefixtures("own_signals", "one_thread")
 
 
 def command(output_dir, model, *overrides) -> list[str]:
