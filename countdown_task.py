@@ -28,7 +28,7 @@ USER_TEMPLATE = (
 RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # tolerated once at the end of a response
+STOP_TOKEN = re.compile(r"<\|(im_end|endoftext)\|>\Z")  # tolerated once at the end of a response
 MAX_EXPRESSION_CHARS = 1000
 EXPRESSION = re.compile(r"(?:(?<![0-9])(?:0|[1-9][0-9]{0,19})(?![0-9])|[-+*/() \t\n\r\f\v])*")  # no number with a leading zero
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -55,10 +55,7 @@ def parse_question(text: str) -> dict[str, Any]:
 
 def reward_function(response: str, numbers: Sequence[int], target: int) -> Reward:
     """Score a response that continues the prompt's "<think>". Takes any string; never raises; bounded time."""
-    for stop in STOP_TOKENS:
-        if response.endswith(stop):
-            response = response[: -len(stop)]
-            break
+    response = STOP_TOKEN.sub("", response)
     well_formed = float(_is_well_formed(response))
     answer = _last_answer(response)
     correct = float(answer is not None and _is_solution(answer, numbers, target))
@@ -162,51 +159,48 @@ def problem_kind(problem: dict[str, Any]) -> str:
 
 
 def _synthetic_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
-    def draw(rng: random.Random) -> dict:
-        return draw_problem(rng, data.num_numbers, data.max_number, data.min_target, data.max_target)
-
     rng, test, in_vain = random.Random(data.synthetic_seed), {}, 0
     while len(test) < data.test_size and in_vain < 1000:  # draws in a row that were there already
-        problem = draw(rng)
+        problem = draw_problem(rng, data)
         in_vain = in_vain + 1 if _key(problem) in test else 0
         test.setdefault(_key(problem), problem)
     if len(test) < data.test_size:
         raise ValueError(f"data.test_size={data.test_size}: there are hardly more than {len(test)} distinct synthetic problems "
                          "with these numbers and targets; lower it, or raise data.max_number")
-    return SyntheticProblems(draw, data.synthetic_seed, frozenset(test)), list(test.values())
+    return SyntheticProblems(data, frozenset(test)), list(test.values())
 
 
 class SyntheticProblems(Sequence):
     """Solvable problems made on the fly: item i is always the same problem, and never a held-out one."""
 
-    def __init__(self, draw, seed: int, held_out: frozenset):
-        self._draw, self._seed, self._held_out = draw, seed, held_out
+    def __init__(self, data: Data, held_out: frozenset):
+        self._data, self._held_out = data, held_out
 
     def __len__(self) -> int:
         return SYNTHETIC_TRAIN_SIZE
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        rng = random.Random(f"{self._seed}/{index}")
+        rng = random.Random(f"{self._data.synthetic_seed}/{index}")
         for _ in range(10_000):
-            problem = self._draw(rng)
+            problem = draw_problem(rng, self._data)
             if _key(problem) not in self._held_out:
                 return problem
         raise ValueError("data.test_size holds out (nearly) every synthetic problem; lower it, or raise data.max_number")
 
 
-def draw_problem(rng: random.Random, num_numbers: list[int], max_number: int, min_target: int, max_target: int) -> dict:
-    """Numbers of 1..max_number and a target that some expression over all of them reaches."""
+def draw_problem(rng: random.Random, data: Data) -> dict:
+    """Numbers and a target that some expression over all of them reaches."""
     for _ in range(100_000):
-        numbers = [rng.randint(1, max_number) for _ in range(rng.choice(num_numbers))]
+        numbers = [rng.randint(1, data.max_number) for _ in range(rng.choice(data.num_numbers))]
         values = [Fraction(n) for n in numbers]
         while len(values) > 1:
             a, b = (values.pop(rng.randrange(len(values))) for _ in range(2))
             values.append(rng.choice([a + b, a - b, a * b, a / b if b else a + b]))
-        if values[0].denominator == 1 and min_target <= values[0] <= max_target:
+        if values[0].denominator == 1 and data.min_target <= values[0] <= data.max_target:
             return {"numbers": numbers, "target": int(values[0])}
-    raise ValueError(f"no target in data.min_target={min_target} … data.max_target={max_target} can be reached from "
-                     f"numbers up to data.max_number={max_number}; widen the range")
+    raise ValueError(f"no target in data.min_target={data.min_target} … data.max_target={data.max_target} can be reached from "
+                     f"numbers up to data.max_number={data.max_number}; widen the range")
 
 
 def _key(problem: dict) -> tuple:

@@ -51,14 +51,6 @@ class UpdateStats:
     weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
 
 
-class Parting(Exception):
-    """Raised where several processes meet: they cannot go on together, for this reason. Empty where another process tells it."""
-
-    def __init__(self, reason: str, code: int, *, can_meet: bool):
-        super().__init__(reason)
-        self.code, self.can_meet = code, can_meet  # to exit with; whether all are still there, at the same place
-
-
 class Alone:
     """The processes that share the work of a step, where there is one: each of the three ways in which they meet is the identity.
 

@@ -98,20 +98,11 @@ def generate_one(model: Transformer, prompt: list[int], sampling: Sampling, unif
 
 
 @torch.inference_mode()
-def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    num_answers: int,
-    generator: torch.Generator,
-    cache_bytes: int | None = None,
-    watch: Watch = UNWATCHED,
-) -> list[Sample]:
+def generate(model: Transformer, prompts: list[list[int]], sampling: Sampling, *, num_answers: int, generator: torch.Generator,
+             cache_bytes: int | None = None, watch: Watch = UNWATCHED) -> list[Sample]:
     """Sample num_answers answers to each prompt; answer j of prompt i is item i * num_answers + j.
 
     Of several processes (watch.processes) each answers its own part of the prompts, with the random numbers that one would use.
-
     cache_bytes: what the KV cache may take; None: what memory is free. Answers that do not fit wait for others to end.
     Raises ValueError for an empty prompt, one too long for the model, or a budget in which no answer fits.
     """
@@ -133,9 +124,7 @@ def generate(
         return decoder.samples()
 
 
-def count_slots(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling, *, answers: int, cache_bytes: int | None
-) -> int:
+def count_slots(model: Transformer, prompts: list[list[int]], sampling: Sampling, *, answers: int, cache_bytes: int | None) -> int:
     """How many answers are decoded at once: what fits into the budget of the KV cache."""
     config, weight, longest = model.config, model.head_weight_VE, max(map(len, prompts))
     for tokens in (longest, min(map(len, prompts))):

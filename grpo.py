@@ -29,7 +29,7 @@ from torch import Tensor
 from data_types import UNWATCHED, Episode, Question, Reward, UpdateStats, Watch
 from flat import ALIGNMENT, norm, zero_gradient
 from generate import Sampling, generate, log_probs
-from packing import Row, attend_within, deal, pack_rows
+from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -42,18 +42,9 @@ LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
 def rollout(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    questions: list[Question],
-    *,
-    num_answers: int,
-    max_gen_len: int,
-    temperature: float,
-    reward_function: Callable[..., Reward],
-    generator: torch.Generator,
-    cache_bytes: int | None = None,
-    watch: Watch = UNWATCHED,
-) -> list[Episode]:
+    model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, num_answers: int, max_gen_len: int, temperature: float,
+    reward_function: Callable[..., Reward], generator: torch.Generator, cache_bytes: int | None = None, watch: Watch = UNWATCHED,
+) -> list[Episode]:  # fmt: skip
     """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
@@ -71,18 +62,8 @@ def rollout(
             # The stop token is learned, but not scored.
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
-            episodes.append(
-                Episode(
-                    question_id=i // num_answers,
-                    prompt_token_ids=question.prompt_token_ids,
-                    response_token_ids=sample.token_ids,
-                    response_logprobs=sample.logprobs,
-                    is_finished=sample.is_finished,
-                    text=text,
-                    reward=reward,
-                    entropy=sample.entropy,
-                )
-            )
+            episodes.append(Episode(i // num_answers, question.prompt_token_ids, sample.token_ids, sample.logprobs,
+                                    sample.is_finished, text, reward, sample.entropy))
             watch.advance(1)
     return processes.share(episodes)
 
@@ -191,18 +172,10 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def update_policy(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    episodes: list[Episode],
-    *,
-    max_grad_norm: float,
-    skip_unfinished: bool,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    micro_batch_tokens: int = 8192,
-    checkpoint_layers: int = 0,
+    model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], *, max_grad_norm: float, skip_unfinished: bool,
+    temperature: float = 1.0, vocab_size: int | None = None, micro_batch_tokens: int = 8192, checkpoint_layers: int = 0,
     watch: Watch = UNWATCHED,
-) -> UpdateStats:
+) -> UpdateStats:  # fmt: skip
     """One policy-gradient step on a batch of episodes.
 
     loss = - sum_ij m_ij A_ij sum_t log π(y_ij[t]) / sum_ij m_ij |y_ij|, where y_ij is answer j to question i, and m_ij = 0 for an
@@ -228,15 +201,13 @@ def update_policy(
 
     gradient = zero_gradient(model.parameters())  # one flat tensor, of which every parameter's .grad is a view
     rows = list(pack_rows([episodes[i] for i in learned], [advantages[i] for i in learned], micro_batch_tokens, processes.size))
-    own_rows = deal([len(row.tokens_S) for row in rows], processes.size)[processes.rank]
+    own_rows = range(processes.rank, len(rows), processes.size)  # rows are about equally long
     results = []  # of each own row: its number, its loss, how far the trainer's log-probabilities are from the sampler's
     with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
         for r in own_rows:
             row = rows[r].to(gradient.device)
-            loss, logprobs_P = row_loss(
-                model, row, num_tokens,
-                temperature=temperature, vocab_size=vocab_size, checkpoint_layers=checkpoint_layers,
-            )  # fmt: skip
+            loss, logprobs_P = row_loss(model, row, num_tokens, temperature=temperature, vocab_size=vocab_size,
+                                        checkpoint_layers=checkpoint_layers)
             loss.backward()
             results.append((r, loss.item(), (logprobs_P - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))

@@ -62,14 +62,10 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
     where answers are short enough, about a multiple of `multiple`, so that so many processes have as many each.
     """
     order = sorted(range(len(episodes)), key=lambda i: episodes[i].question_id)
-    total = 0
-    for previous, i in zip([None, *order], order, strict=False):
-        e = episodes[i]
-        new_group = previous is None or episodes[previous].question_id != e.question_id
-        total += len(e.response_token_ids) + new_group * len(e.prompt_token_ids)
+    prompts = {e.question_id: len(e.prompt_token_ids) for e in episodes}
+    total = sum(prompts.values()) + sum(len(e.response_token_ids) for e in episodes)
     # Where processes wait for each other, shares are even only if the prompts are reckoned with that begin a row once more.
-    again = max((len(e.prompt_token_ids) for e in episodes), default=0) if multiple > 1 else 0
-    count = multiple
+    again, count = max(prompts.values(), default=0) if multiple > 1 else 0, multiple
     while total + (count - 1) * again > count * micro_batch_tokens and count < len(episodes):
         count += multiple
     limit = (total + (count - 1) * again) / count
@@ -84,16 +80,6 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
         size, group = size + added, e.question_id
     if row:
         yield _lay_out(row)
-
-
-def deal(sizes: list[int], shares: int) -> list[list[int]]:
-    """Which rows each process gets, in ascending order: the largest first, each to the one with the fewest tokens so far."""
-    dealt, tokens = [[] for _ in range(shares)], [0] * shares
-    for r in sorted(range(len(sizes)), key=lambda r: -sizes[r]):
-        least = tokens.index(min(tokens))
-        dealt[least].append(r)
-        tokens[least] += sizes[r]
-    return [sorted(rows) for rows in dealt]
 
 
 def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
@@ -157,14 +143,13 @@ def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Att
 
 def _lay_side_by_side(runs: list[Run]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where a batch of runs finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
-    Q, L = max(r.length for r in runs), max(r.prompt_length for r in runs)
     start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(run) for run in runs]).T[:, :, None]
-    steps_Q = torch.arange(Q)
+    steps_Q, steps_L = torch.arange(int(length_G1.max())), torch.arange(int(prompt_length_G1.max()))
     own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a run's end: its last token again, which nobody sees
-    prompt_GL = prompt_start_G1 + torch.arange(L).minimum((prompt_length_G1 - 1).clamp(min=0))
-    sees_prompt_GQL = (torch.arange(L) < prompt_length_G1)[:, None].expand(-1, Q, -1)
+    prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
+    sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, len(steps_Q), -1)
     sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(runs), -1, -1)
-    unseen = -(L + Q) % KEY_MULTIPLE
+    unseen = -(len(steps_L) + len(steps_Q)) % KEY_MULTIPLE
     keys_GC = F.pad(torch.cat((prompt_GL, own_GQ), dim=1), (0, unseen))
     visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, unseen))
     return own_GQ, keys_GC, visible_GQC, steps_Q < length_G1

@@ -71,10 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         B, S, _ = x_BSE.shape
-        q_BHSD, k_BKSD, v_BKSD = (
-            project(x_BSE).view(B, S, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q_BHSD, k_BKSD, v_BKSD = (project(x_BSE).view(B, S, -1, self.head_dim).transpose(1, 2)
+                                  for project in (self.q_proj, self.k_proj, self.v_proj))
         out_BHSD = attend(layer, rotate(q_BHSD, *rope), rotate(k_BKSD, *rope), v_BKSD)
         return self.o_proj(out_BHSD.transpose(1, 2).reshape(B, S, -1))
 
@@ -123,7 +121,7 @@ class RunTwice(torch.autograd.Function):
         return x_BSE.grad, None, None
 
 
-class Decoder(nn.Module):
+class Backbone(nn.Module):
     """The part that checkpoints call `model.`: everything but an untied head."""
 
     def __init__(self, config: Qwen2Config):
@@ -195,10 +193,9 @@ class KVCache:
             keys_BKCD[rows_B1, :, positions_BS] = k_BKSD.transpose(1, 2)
             values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
             B, H, S, D = q_BHSD.shape
-            K = k_BKSD.shape[1]
-            out_BKQD = F.scaled_dot_product_attention(
-                q_BHSD.reshape(B, K, -1, D), keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], attn_mask=bias_B1QC
-            )
+            q_BKQD = q_BHSD.reshape(B, k_BKSD.shape[1], -1, D)
+            out_BKQD = F.scaled_dot_product_attention(q_BKQD, keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns],
+                                                      attn_mask=bias_B1QC)
             return out_BKQD.reshape(B, H, S, D)
 
         return positions_BS, attend
@@ -210,7 +207,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Backbone(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -226,9 +223,7 @@ class Transformer(nn.Module):
         ids_U, places_BS = tokens_BS.unique(return_inverse=True)
         return F.embedding(places_BS, F.embedding(ids_U, weight_VE, sparse=True).float()).to(weight_VE.dtype)
 
-    def hidden_states(
-        self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0
-    ) -> Tensor:
+    def hidden_states(self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0) -> Tensor:
         """Final hidden states (B, S, E), after the last norm, in the weights' dtype.
 
         checkpoint_layers: so many layers keep only their input for the backward pass and are run again there.
@@ -267,11 +262,9 @@ class Transformer(nn.Module):
         it was and its logits without meaning. B may be less than the cache's rows: the first B take part.
         """
         B, L = tokens_BL.shape
+        lengths_B = cache.lengths_B.new_full((B,), L) if lengths_B is None else lengths_B
         positions_BL, attend = cache.extend(B, L)
         hidden_BLE = self.hidden_states(tokens_BL, positions_BL, attend)
-        if lengths_B is None:
-            cache.lengths_B[:B] += L
-            return self.logits(hidden_BLE[:, -1]).float()
         cache.lengths_B[:B] += lengths_B
         last_B = (lengths_B - 1).clamp(min=0)
         return self.logits(hidden_BLE[cache.indices[:B], last_B]).float()
@@ -282,18 +275,16 @@ class Transformer(nn.Module):
 
         Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
         """
-        directory = Path(directory)
         with torch.device("meta"):
-            model = cls(Qwen2Config.from_json(directory / "config.json"))
+            model = cls(Qwen2Config.from_json(Path(directory, "config.json")))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        files = find_weights(directory, shapes, tied=model.config.tie_word_embeddings)
+        files = find_weights(Path(directory), shapes, tied=model.config.tie_word_embeddings)
         allocate(model, device=device, dtype=dtype)
         read_weights(files, {name: parameter.detach() for name, parameter in model.named_parameters()})
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.safetensors (or shards of at most 5 GB and their index) and config.json in the published format."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_weights(directory, {name: parameter.detach() for name, parameter in self.named_parameters()})
-        write_config(directory / "config.json", asdict(self.config), self.head_weight_VE.dtype)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_weights(Path(directory), {name: parameter.detach() for name, parameter in self.named_parameters()})
+        write_config(Path(directory, "config.json"), asdict(self.config), self.head_weight_VE.dtype)

@@ -17,11 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gpu
-from data_types import Alone, Parting
+from data_types import Alone
 from harness.plan import TRANSIT
 
 TIMEOUT = timedelta(minutes=30)  # longer than one process may wait for another's longest answer
 LOOK, PATIENCE = 1.0, 3.0  # seconds: between two looks at whether another process has left; in which the living report
+
+
+class Parting(Exception):
+    """Raised where processes meet: they cannot go on together, for this reason. Empty where another process tells it."""
+
+    def __init__(self, reason: str, code: int, *, can_meet: bool):
+        super().__init__(reason)
+        self.code, self.can_meet = code, can_meet  # to exit with; whether all are still there, at the same place
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 import gpu
-from data_types import ALONE, Episode, Parting, Question, UpdateStats
+from data_types import ALONE, Episode, Question, UpdateStats
 from flat import flat_weights, norm
 from generate import check_length
 from grpo import episode_advantages
@@ -42,6 +42,7 @@ from harness.config import Config, as_yaml, load_config
 from harness.console import say
 from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
+from harness.parallel import Parting, Processes
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.tasks import draw_problems, guard_reward, load_problems, load_task, make_question
 from optimizer import AdamW
@@ -99,8 +100,6 @@ class Run:
         self.plan = self.log = None  # from open() and begin() on
         self.processes, self.launched = ALONE, "WORLD_SIZE" in os.environ
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from harness.parallel import Processes  # which brings torch.distributed with it
-
             self.processes = Processes()
             self.closing.callback(self.processes.close)
             if self.processes.rank > 0:
