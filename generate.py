@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_types import UNWATCHED, Watch
@@ -54,15 +53,16 @@ def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
 
 def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    """Log-probabilities (P, V), float32, of the sampling distribution. The sampler and the loss both call this.
+    """Log-probabilities (P, V), at least float32, of the sampling distribution. The sampler and the loss both call this.
 
-    Ids from vocab_size on are rows of the head without a token: they get probability 0. Overwrites logits_PV.
+    Ids from vocab_size on are rows of the head without a token: they get probability 0. In the place of the logits, if those are
+    float32 already: nothing in memory is larger.
     """
-    assert logits_PV.dtype in (torch.float32, torch.float64)
+    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
     if temperature != 1.0:
         logits_PV.div_(temperature)
     logits_PV[:, vocab_size:] = IMPOSSIBLE
-    return F.log_softmax(logits_PV, dim=-1)
+    return torch.log_softmax(logits_PV, dim=-1, out=logits_PV)
 
 
 def draw(log_probs_RV: Tensor, uniform_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:

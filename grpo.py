@@ -42,8 +42,9 @@ LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
 def rollout(
-    model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, num_answers: int, max_gen_len: int, temperature: float,
-    reward_function: Callable[..., Reward], generator: torch.Generator, cache_bytes: int | None = None, watch: Watch = UNWATCHED,
+    model: Transformer, tokenizer: Tokenizer, questions: list[Question], *,
+    num_answers: int, max_gen_len: int, temperature: float, reward_function: Callable[..., Reward],
+    generator: torch.Generator, cache_bytes: int | None = None, watch: Watch = UNWATCHED,
 ) -> list[Episode]:  # fmt: skip
     """Sample num_answers answers to each question and score them.
 
@@ -62,8 +63,10 @@ def rollout(
             # The stop token is learned, but not scored.
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
-            episodes.append(Episode(i // num_answers, question.prompt_token_ids, sample.token_ids, sample.logprobs,
-                                    sample.is_finished, text, reward, sample.entropy))
+            episodes.append(Episode(
+                question_id=i // num_answers, prompt_token_ids=question.prompt_token_ids, response_token_ids=sample.token_ids,
+                response_logprobs=sample.logprobs, is_finished=sample.is_finished, text=text, reward=reward, entropy=sample.entropy,
+            ))  # fmt: skip
             watch.advance(1)
     return processes.share(episodes)
 
@@ -142,9 +145,7 @@ class ChunkedLoss(torch.autograd.Function):
         chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
         for chunk, hidden_CE, grad_hidden_CE in chunks:
             targets_C1 = chunk.targets_P[:, None]
-            logits_CV = model.logits(hidden_CE)
-            logprobs_CV = log_probs(logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)), temperature, vocab_size)
-            del logits_CV  # what is large dies before its successor is made
+            logprobs_CV = log_probs(model.logits(hidden_CE), temperature, vocab_size)
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
                 loss = token_loss(logprobs_C, chunk, num_tokens)
@@ -156,7 +157,7 @@ class ChunkedLoss(torch.autograd.Function):
                 torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
                 head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
                 del grad_CV
-            del logprobs_CV
+            del logprobs_CV  # what is large dies before its successor is made
         logprobs_P = torch.cat(logprobs)
         ctx.mark_non_differentiable(logprobs_P)
         return torch.stack(losses).sum(), logprobs_P
@@ -172,9 +173,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def update_policy(
-    model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], *, max_grad_norm: float, skip_unfinished: bool,
-    temperature: float = 1.0, vocab_size: int | None = None, micro_batch_tokens: int = 8192, checkpoint_layers: int = 0,
-    watch: Watch = UNWATCHED,
+    model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], *,
+    max_grad_norm: float, skip_unfinished: bool, temperature: float = 1.0, vocab_size: int | None = None,
+    micro_batch_tokens: int = 8192, checkpoint_layers: int = 0, watch: Watch = UNWATCHED,
 ) -> UpdateStats:  # fmt: skip
     """One policy-gradient step on a batch of episodes.
 
@@ -194,7 +195,7 @@ def update_policy(
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
     learned = [i for i in kept if advantages[i] != 0]
     num_tokens = sum(len(episodes[i].response_token_ids) for i in kept)
-    if broken := {e.question_id for e in episodes if not _is_finite(e)}:
+    if broken := {e.question_id for e in episodes if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs)))}:
         return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
     if not learned:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
@@ -236,10 +237,6 @@ def update_policy(
         logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
         weights_changed=stored, weights_changed_fp32=exact,
     )  # fmt: skip
-
-
-def _is_finite(episode: Episode) -> bool:
-    return math.isfinite(episode.reward.total) and all(map(math.isfinite, episode.response_logprobs))
 
 
 def _no_step(num_tokens: int, reason: str, broken: Iterable[int] = ()) -> UpdateStats:

@@ -161,24 +161,24 @@ class Run:
             closes=[self.lock] if self.processes.rank == 0 else [],
         )  # fmt: skip
         self.closing.callback(self.reward.close)
-        self.plan = make_plan(config, Qwen2Config.from_json(self.source / "config.json"), cards=self.processes.size,
-                              held_out=len(self.problems[1]))
-        if config.model.device == "cuda":
-            check_card(config, self.plan)
+        self._make_plan(config, Qwen2Config.from_json(self.source / "config.json"), held_out=len(self.problems[1]))
         return config
 
     def _check_machine(self, config: Config) -> None:
         """What --check does instead of a run. Raises Finished, or Stopped where something does not agree."""
-        on_card, shape, self.phase_name = config.model.device == "cuda", find_shape(config.model.path), "check"
+        self.phase_name, shape = "check", find_shape(config.model.path)
         _prepare_process(config)
-        if on_card and (reason := why_no_card()):
+        if config.model.device == "cuda" and (reason := why_no_card()):
             raise ValueError(f"{reason}; without a card, check --config config_tiny.yaml")
-        self.plan = make_plan(config, shape, cards=self.processes.size)
-        if on_card:
-            check_card(config, self.plan)
+        self._make_plan(config, shape)
         if wrong := check(config, shape, self.plan, cards=self.processes.size):
             raise Stopped(wrong)
         raise Finished
+
+    def _make_plan(self, config: Config, shape: Qwen2Config, **sizes: int) -> None:
+        self.plan = make_plan(config, shape, cards=self.processes.size, **sizes)
+        if config.model.device == "cuda":
+            check_card(config, self.plan)
 
     def _find_place(self, old: Config, new: Config) -> None:
         """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
