@@ -1,7 +1,9 @@
 """What a step and an evaluation report, as pure functions of the episodes. docs/metrics.md defines every name."""
 
 import math
-from statistics import fmean, pstdev, pvariance
+from collections import Counter
+from fractions import Fraction
+from statistics import fmean, mean, pstdev, pvariance
 
 import numpy as np
 
@@ -19,7 +21,8 @@ def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: 
     lengths = [len(e.response_token_ids) for e in episodes]
     finished = [len(e.response_token_ids) for e in episodes if e.is_finished]
     parts = {name for e in episodes for name in e.reward.parts}
-    metrics = {
+    skipped = {"skipped": stats.skipped, "skipped_questions": stats.broken_questions} if stats.skipped else {}
+    return {
         "reward": sum(rewards) / len(rewards),  # fmean refuses infinities of both signs
         "reward_std": fmean(pstdev(group) if all(map(math.isfinite, group)) else math.nan for group in groups),
         "frac_reward_zero_std": fmean(float(len(set(group)) == 1) for group in groups),
@@ -38,10 +41,23 @@ def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: 
         "sampling/logp_difference_max": stats.logprob_diff_max,
         "weights_changed": stats.weights_changed,
         "weights_changed_fp32": stats.weights_changed_fp32,
+        **skipped,
     }
-    if stats.skipped:
-        metrics |= {"skipped": stats.skipped, "skipped_questions": stats.broken_questions}
-    return metrics
+
+
+def pick_samples(episodes: list[Episode], advantages: list[float], prompts: list[str]) -> list[dict]:
+    """The best, the worst and the longest answer of a step, as samples.jsonl keeps them."""
+    scored = list(zip(episodes, advantages, strict=True))
+    chosen = {
+        "best": max(scored, key=lambda pair: pair[0].reward.total),
+        "worst": min(scored, key=lambda pair: pair[0].reward.total),
+        "longest": max(scored, key=lambda pair: len(pair[0].response_token_ids)),
+    }
+    return [
+        {"kind": kind, "question": prompts[e.question_id], "text": e.text, "reward": e.reward.total, "parts": e.reward.parts,
+         "advantage": advantage, "length": len(e.response_token_ids), "finished": e.is_finished}
+        for kind, (e, advantage) in chosen.items()
+    ]  # fmt: skip
 
 
 def smells(recent: list[dict[str, float]]) -> set[str]:
@@ -60,19 +76,46 @@ def smells(recent: list[dict[str, float]]) -> set[str]:
     return found
 
 
+# ---------------------------------------------------------------- evaluations
+
+
 def evaluation_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """The part "answer" of the reward is what counts as success."""
-    successes = sum(e.reward.parts.get("answer", 0.0) == 1.0 for e in episodes)
-    low, high = wilson_interval(successes, len(episodes))
+    return {f"eval/{name}": value for name, value in outcome(episodes).items()}
+
+
+def model_summary(episodes: list[Episode], kinds: list[str]) -> dict:
+    """What evaluate.py reports of a model; kinds: of each problem, as its task calls them."""
+    samples, counts = len(episodes) // len(kinds), success_counts(episodes)
+    ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
     return {
-        "eval/success": successes / len(episodes),
-        "eval/success_low": low,
-        "eval/success_high": high,
-        "eval/reward": fmean(e.reward.total for e in episodes),
-        "eval/mean_length": fmean(len(e.response_token_ids) for e in episodes),
-        "eval/finished": fmean(float(e.is_finished) for e in episodes),
-        "eval/questions": len(episodes),
+        **outcome(episodes),
+        "samples": samples,
+        "by_kind": {kind: outcome([e for e in episodes if kinds[e.question_id] == kind]) for kind in sorted(set(kinds))},
+        "pass_at": {k: fmean(pass_at_k(samples, count, k) for count in counts) for k in ks},
     }
+
+
+def outcome(episodes: list[Episode]) -> dict[str, float]:
+    """Equally many answers to each question; the part "answer" of the reward is what counts as success."""
+    counts = success_counts(episodes)
+    low, high = success_interval(counts, len(episodes) // len(counts))
+    return {
+        "success": sum(counts) / len(episodes),
+        "success_low": low,
+        "success_high": high,
+        "reward": fmean(e.reward.total for e in episodes),
+        "mean_length": fmean(len(e.response_token_ids) for e in episodes),
+        "finished": fmean(float(e.is_finished) for e in episodes),
+        "questions": len(counts),
+    }
+
+
+def success_counts(episodes: list[Episode]) -> list[int]:
+    """How many answers to each question succeeded, in the order of the questions' ids."""
+    counts = Counter()
+    for episode in episodes:
+        counts[episode.question_id] += episode.reward.parts.get("answer", 0.0) == 1.0
+    return [counts[question_id] for question_id in sorted(counts)]
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -91,12 +134,12 @@ def success_interval(successes: list[int], samples: int) -> tuple[float, float]:
     the effective number of answers, at which independent ones would spread as the questions' means do (Kish's design
     effect; Franco et al., J. Survey Stat. Methodol. 7, 2019). With one sample it is the Wilson interval itself.
     """
-    questions, rates = len(successes), [count / samples for count in successes]
-    share = fmean(rates)
+    rates = [Fraction(count, samples) for count in successes]
+    share = mean(rates)
     binomial = share * (1 - share)
     spread = max(pvariance(rates), binomial / samples)  # of one question's mean: never less than independent answers have
-    effective = questions * binomial / spread if spread else questions
-    return wilson_interval(share * effective, effective)
+    effective = len(rates) * binomial / spread if spread else len(rates)
+    return wilson_interval(float(share * effective), float(effective))
 
 
 def pass_at_k(samples: int, successes: int, k: int) -> float:
@@ -120,41 +163,6 @@ def paired_p_value(differences: list[int]) -> float:
     return min(1.0, float(chances[as_extreme].sum()))
 
 
-def success_counts(episodes: list[Episode]) -> list[int]:
-    """How many answers to each question (question_id 0, 1, …) succeeded."""
-    counts = [0] * (1 + max(e.question_id for e in episodes))
-    for episode in episodes:
-        counts[episode.question_id] += episode.reward.parts.get("answer", 0.0) == 1.0
-    return counts
-
-
-def model_summary(episodes: list[Episode], kinds: list[str]) -> dict:
-    """What evaluate.py reports of a model that gave equally many answers (samples) to each problem.
-
-    kinds: of each problem, as its task calls them; by_kind holds the success of each.
-    """
-    samples, counts = len(episodes) // len(kinds), success_counts(episodes)
-
-    def success(counts: list[int]) -> dict:
-        low, high = success_interval(counts, samples)
-        rate = sum(counts) / (samples * len(counts))
-        return {"questions": len(counts), "success": rate, "success_low": low, "success_high": high}
-
-    by_kind: dict[str, list[int]] = {}
-    for count, kind in zip(counts, kinds, strict=True):
-        by_kind.setdefault(kind, []).append(count)
-    ks = sorted({samples, *(2**i for i in range(samples.bit_length()))})
-    return {
-        **success(counts),
-        "samples": samples,
-        "by_kind": {kind: success(by_kind[kind]) for kind in sorted(by_kind)},
-        "pass_at": {k: fmean(pass_at_k(samples, count, k) for count in counts) for k in ks},
-        "reward": fmean(e.reward.total for e in episodes),
-        "mean_length": fmean(len(e.response_token_ids) for e in episodes),
-        "finished": fmean(float(e.is_finished) for e in episodes),
-    }
-
-
 def compare_models(first: list[Episode], second: list[Episode]) -> dict:
     """The second model against the first, on the same questions with equally many answers."""
     differences = [b - a for a, b in zip(success_counts(first), success_counts(second), strict=True)]
@@ -164,18 +172,3 @@ def compare_models(first: list[Episode], second: list[Episode]) -> dict:
         "questions_worse": sum(d < 0 for d in differences),
         "p": paired_p_value(differences),
     }
-
-
-def pick_samples(episodes: list[Episode], advantages: list[float], prompts: list[str]) -> list[dict]:
-    """The best, the worst and the longest answer of a step, as samples.jsonl keeps them."""
-    chosen = {
-        "best": max(range(len(episodes)), key=lambda i: episodes[i].reward.total),
-        "worst": min(range(len(episodes)), key=lambda i: episodes[i].reward.total),
-        "longest": max(range(len(episodes)), key=lambda i: len(episodes[i].response_token_ids)),
-    }
-    return [
-        {"kind": kind, "question": prompts[episodes[i].question_id], "text": episodes[i].text,
-         "reward": episodes[i].reward.total, "parts": episodes[i].reward.parts, "advantage": advantages[i],
-         "length": len(episodes[i].response_token_ids), "finished": episodes[i].is_finished}
-        for kind, i in chosen.items()
-    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -75,7 +76,8 @@ def test_intervals_stay_within_0_and_1_and_hold_the_share():
 # Catches: a loss of the questions' own number: samples of one question counted as if they were independent.
 def test_an_interval_of_several_samples_knows_that_they_resemble_each_other():
     one = [1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1]
-    assert success_interval(one, 1) == pytest.approx(wilson_interval(7, 11))
+    for successes in range(50):  # to the bit: evaluate.py gives the figures of a run's evaluation again
+        assert success_interval([1] * successes + [0] * (49 - successes), 1) == wilson_interval(successes, 49)
     assert success_interval([4 * c for c in one], 4) == pytest.approx(wilson_interval(7, 11))  # four times the same answer
     # Each question half solved, as independent answers would never be: no more is claimed than for 22 independent answers.
     assert success_interval([1] * 11, 2) == pytest.approx(wilson_interval(11, 22))
@@ -142,9 +144,11 @@ def test_the_summary_of_a_model():
     summary = model_summary(second, ["three", "two", "three"])
     (low, high), (low_2, high_2), (low_3, high_3) = (success_interval(counts, 2) for counts in ([2, 1, 1], [1], [2, 1]))
     assert list(summary["by_kind"].items()) == [
-        ("three", {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3}),
-        ("two", {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2}),
-    ]
+        ("three", {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3, "reward": 0.75, "mean_length": 6.0,
+                   "finished": 0.75}),
+        ("two", {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2, "reward": 0.5, "mean_length": 6.0,
+                 "finished": 0.5}),
+    ]  # fmt: skip
     assert summary["pass_at"] == {1: pytest.approx(4 / 6), 2: 1.0}
     assert {k: summary[k] for k in ("questions", "samples", "success_low", "success_high")} == {
         "questions": 3, "samples": 2, "success_low": low, "success_high": high,
@@ -230,7 +234,8 @@ def test_a_reward_that_is_no_number_shows_and_does_not_crash(broken):
 
 
 def test_the_metrics_of_an_evaluation_by_hand():
-    metrics = evaluation_metrics([*step(), episode(2, length=2, total=1.0, answer=1.0, format=0.0)])
+    episodes = [*step(), episode(2, length=2, total=1.0, answer=1.0, format=0.0)]
+    metrics = evaluation_metrics([replace(answer, question_id=i) for i, answer in enumerate(episodes)])  # one to each question
     low, high = score_bounds(0.4, 5)
     assert metrics == pytest.approx(
         {"eval/success": 0.4, "eval/success_low": low, "eval/success_high": high, "eval/reward": 0.44, "eval/mean_length": 4.0,
