@@ -7,11 +7,11 @@ anew from them, so that nothing is missing or doubled.
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,7 +77,7 @@ class RunLog:
 
         Raises ValueError if what is kept is damaged.
         """
-        self._directory, self._files, self._board = directory, {}, None
+        self._directory, self._files, self._show = directory, {}, lambda name, record: None
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         with contextlib.ExitStack() as closing:
             for name in FILES:
@@ -85,8 +85,7 @@ class RunLog:
                 file.seek(0)
                 file.truncate(file.read()[: sizes.get(name, 0)].rfind(b"\n") + 1)
             with contextlib.suppress(ImportError):  # the dependency group "log" is not installed
-                self._board = _Board(directory / "tensorboard")
-                closing.callback(self._board.close)
+                self._show = _Board(directory / "tensorboard", closing).show
             for name in FILES:
                 for record in self.read(name):
                     self._show(name, record)
@@ -97,7 +96,7 @@ class RunLog:
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
-        record = _finite(record)
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # None for every number that is not finite
         self._files[name].write(json.dumps(record).encode() + b"\n")
         self._files[name].flush()
         self._show(name, record)
@@ -105,7 +104,6 @@ class RunLog:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, all of them on the disk."""
         for file in self._files.values():
-            file.flush()
             os.fsync(file.fileno())
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
@@ -113,69 +111,40 @@ class RunLog:
         with contextlib.suppress(OSError):  # of a write that failed before, and was reported then
             self._closing.close()
 
-    def _show(self, name: str, record: dict) -> None:
-        if self._board is None:
-            return
-        if name == "samples.jsonl":
-            text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
-            lines = [part for line in text.split("\n") for part in textwrap.wrap(printable(line), PAGE_COLUMNS) or [""]]
-            shown = "\n".join("    " + line for line in lines)  # indented: markdown leaves it alone
-            self._board.write_text(f"samples/{record['kind']}", shown, record["step"])
-            return
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                group = key if "/" in key else f"{name.removesuffix('.jsonl')}/{key}"
-                self._board.write_scalar(group, value, record["step"])
 
+class NoLog:
+    """Of a process that does not write, because the first one does: whatever is called, nothing happens and nothing is there."""
 
-class NoLog(RunLog):
-    """Of a process that does not write: the first one does."""
-
-    def __init__(self):
-        pass
-
-    def read(self, name: str) -> list[dict]:
-        return []
-
-    def write(self, name: str, record: dict) -> None:
-        pass
-
-    def sizes(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None:
-        pass
+    def __getattr__(self, method: str) -> Callable[..., dict]:
+        return lambda *_: {}
 
 
 class _Board:
     """TensorBoard's file. Its own writer has a thread, which ends in a traceback when the disk is full or the directory gone."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, closing: contextlib.ExitStack):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
         from torch.utils.tensorboard import summary
 
         directory.mkdir(exist_ok=True)
         self._event, self._summary = Event, summary
-        file = open(directory / f"events.out.tfevents.{time.time():.0f}", "wb")  # noqa: SIM115  closed by close()
+        file = closing.enter_context(open(directory / f"events.out.tfevents.{time.time():.0f}", "wb"))  # noqa: SIM115
         self._records = RecordWriter(file)
-        self.close = file.close
         self._write(file_version="brain.Event:2")
 
-    def write_scalar(self, name: str, value: float, step: int) -> None:
-        self._write(step=step, summary=self._summary.scalar(name, value))
-
-    def write_text(self, name: str, text: str, step: int) -> None:
-        self._write(step=step, summary=self._summary.text(name, text))
+    def show(self, name: str, record: dict) -> None:
+        """A line of one of the run's files."""
+        if name == "samples.jsonl":
+            text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
+            wrapped = "\n".join(textwrap.fill(printable(line), PAGE_COLUMNS) for line in text.split("\n"))
+            shown = textwrap.indent(wrapped, "    ")  # markdown leaves alone what is indented
+            return self._write(step=record["step"], summary=self._summary.text(f"samples/{record['kind']}", shown))
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                group = key if "/" in key else f"{name.removesuffix('.jsonl')}/{key}"
+                self._write(step=record["step"], summary=self._summary.scalar(group, value))
 
     def _write(self, **content) -> None:
         self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
         self._records.flush()
-
-
-def _finite(value):
-    """The same with None for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-

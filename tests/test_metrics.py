@@ -144,10 +144,10 @@ def test_the_summary_of_a_model():
     summary = model_summary(second, ["three", "two", "three"])
     (low, high), (low_2, high_2), (low_3, high_3) = (success_interval(counts, 2) for counts in ([2, 1, 1], [1], [2, 1]))
     assert list(summary["by_kind"].items()) == [
-        ("three", {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3, "reward": 0.75, "mean_length": 6.0,
-                   "finished": 0.75}),
-        ("two", {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2, "reward": 0.5, "mean_length": 6.0,
-                 "finished": 0.5}),
+        ("three", {"questions": 2, "success": 0.75, "success_low": low_3, "success_high": high_3, "reward": 0.75,
+                   "mean_length": 6.0, "finished": 0.75}),
+        ("two", {"questions": 1, "success": 0.5, "success_low": low_2, "success_high": high_2, "reward": 0.5,
+                 "mean_length": 6.0, "finished": 0.5}),
     ]  # fmt: skip
     assert summary["pass_at"] == {1: pytest.approx(4 / 6), 2: 1.0}
     assert {k: summary[k] for k in ("questions", "samples", "success_low", "success_high")} == {
