@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 ASIDE = ".partial-"
-# Of several processes each writes its part, optimizer-00001-of-00002.tensors and so on.
 OPTIMIZER = "optimizer.tensors"  # in the safetensors format; vLLM takes every *.safetensors of a directory for weights
+PART = "optimizer-{:05d}-of-{:05d}.tensors"  # of several processes each writes its own
 PLACE, COMPLETE = "trainer.json", "complete.json"
 SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside the tensors
 REMEDY = "the checkpoint is damaged"
@@ -95,25 +95,23 @@ def checkpoints(directory: Path) -> list[Path]:
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    directory: Path, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, place: Place, *, keep: int | None
-) -> None:  # fmt: skip
+def save_checkpoint(directory: Path, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, place: Place, *,
+                    keep: int | None) -> None:
     """Write the checkpoint of place.step, then remove all before it but the newest `keep`; None: remove nothing.
 
     Raises NotSaved if it cannot be written; then earlier checkpoints are untouched and nothing half-written stays.
     """
     processes, first = optimizer.processes, optimizer.processes.rank == 0
-    own_file = state_files(processes.size)[processes.rank]
     final, aside = checkpoint_path(directory, place.step), directory / f"{ASIDE}{place.step:06d}"
+    own_file = aside / (OPTIMIZER if processes.size == 1 else PART.format(processes.rank + 1, processes.size))
     state = optimizer.state_dict()
     place.optimizer_steps = state.pop("steps")
     try:
         with by_all(processes):
             aside.mkdir(parents=True, exist_ok=True)
-            of_all = processes.size * sum(t.nbytes for t in state.values())
-            needed = sum(t.nbytes for t in model.parameters()) + of_all + SLACK_BYTES
-            free = shutil.disk_usage(directory).free
-            if needed > free:
+            state_bytes = processes.size * sum(t.nbytes for t in state.values())
+            needed = sum(t.nbytes for t in model.parameters()) + state_bytes + SLACK_BYTES
+            if needed > (free := shutil.disk_usage(directory).free):
                 raise OSError(f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower "
                               "training.keep_checkpoints")
         with by_all(processes):
@@ -121,10 +119,10 @@ def save_checkpoint(
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
                 (aside / PLACE).write_text(place.model_dump_json() + "\n", encoding="utf-8")
-            write_tensors(aside / own_file, state)
-            _sync(aside / own_file)
-            own_sum = checksum(aside / own_file)
-        sums = dict(processes.share([(own_file, own_sum)]))  # and from here on all files are there
+            write_tensors(own_file, state)
+            _sync(own_file)
+            own_sum = checksum(own_file)
+        sums = dict(processes.share([(own_file.name, own_sum)]))  # and from here on all files are there
         with by_all(processes):
             if first:
                 sums = {file.name: sums.get(file.name) or checksum(file) for file in sorted(aside.iterdir())}
@@ -140,40 +138,25 @@ def save_checkpoint(
     finally:
         if first:
             _remove(aside)
-    before = [path for path in checkpoints(directory) if int(path.name[5:]) <= place.step]
-    for old in before[:-keep] if keep and first else ():
+    until_now = [path for path in checkpoints(directory) if int(path.name[5:]) <= place.step]
+    for old in until_now[:-keep] if keep and first else ():
         _remove(old)
 
 
 @contextlib.contextmanager
 def by_all(processes: Alone) -> Iterator[None]:
     """What fails in one process fails in all of them, when all have tried."""
-    fault = None
+    faults = []
     try:
         yield
     except OSError as error:
-        fault = error
-    faults = processes.share([str(fault)] if fault else [])
-    if faults:
-        raise fault or OSError(faults[0])
-
-
-def state_files(size: int) -> list[str]:
-    """The files in which so many processes write the optimizer's state."""
-    stem, suffix = OPTIMIZER.split(".")
-    return [OPTIMIZER] if size == 1 else [f"{stem}-{rank:05d}-of-{size:05d}.{suffix}" for rank in range(1, size + 1)]
-
-
-def _state_files_of(names: Iterable[str]) -> list[str]:
-    """Those that a checkpoint with such a file must have."""
-    sizes = [int(found[1]) for name in names if (found := re.fullmatch("optimizer-[0-9]{5}-of-([0-9]{5}).tensors", name))]
-    return state_files(max(sizes, default=1))
+        faults.append(error)
+    if faults := processes.share(faults):
+        raise faults[0]
 
 
 def checksum(file: Path) -> str:
-    """CRC-32, as hexadecimal digits. It finds damage, not malice, and reads 3.4 GB/s, more than a disk delivers, where
-    SHA-256 reads 1.1 and BLAKE2b 0.6.
-    """
+    """CRC-32 as hexadecimal digits: it finds damage, not malice, at 3.4 GB/s, more than a disk delivers; SHA-256 reads 1.1."""
     total, buffer = 0, memoryview(bytearray(2**20))
     with open(file, "rb", buffering=0) as f:
         while count := f.readinto(buffer):
@@ -190,11 +173,10 @@ def _remove(path: Path) -> None:
     """In two moves, so that a crash leaves nothing that looks whole. Of a link, the link alone."""
     if not path.name.startswith(ASIDE):
         path = path.rename(path.with_name(ASIDE + path.name))
-    if path.is_dir() and not path.is_symlink():
+    try:
+        path.unlink()
+    except OSError:  # a directory, or nothing
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -228,7 +210,7 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
 
     Raises ValueError or FileNotFoundError for whatever makes it unfit to go on from.
     """
-    check_files(path)
+    state_files = check_files(path)
     try:
         place = Place.model_validate(read_json(path / PLACE, remedy=REMEDY))
     except ValidationError as error:
@@ -240,9 +222,7 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
         raise ValueError("it holds no weights")
     if broken := [name for file in weights for name, tensor in read_tensors(file) if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
-    written = [dict(read_tensors(path / name)) for name in _state_files_of(file.name for file in path.iterdir())]
-    if any(state.keys() != written[0].keys() for state in written):
-        raise ValueError("the parts of the optimizer's state do not belong together")
+    written = [dict(read_tensors(path / name)) for name in state_files]
     return place, {name: _own_part([state[name] for state in written], processes) for name in written[0]}
 
 
@@ -255,15 +235,19 @@ def _own_part(written: list[Tensor], processes: Alone) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def check_files(path: Path) -> None:
-    """Raises ValueError or FileNotFoundError unless every file has the checksum it was written with."""
-    written_sums = read_json(path / COMPLETE, remedy=REMEDY)
-    if lacking := {"config.json", PLACE, *_state_files_of(written_sums)} - written_sums.keys():
+def check_files(path: Path) -> list[str]:
+    """Returns the names of the files with the optimizer's state, in the order of its parts.
+
+    Raises ValueError or FileNotFoundError unless every file has the checksum it was written with.
+    """
+    sums = read_json(path / COMPLETE, remedy=REMEDY)
+    state_files = sorted(name for name in sums if name.startswith("optimizer")) or [OPTIMIZER]
+    if lacking := {"config.json", PLACE, *state_files} - sums.keys():
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
-    for name, written in written_sums.items():
-        if Path(name).name != name:
-            raise ValueError(f"{COMPLETE} names {name!r:.100}, which is no file of the checkpoint")
-        if not (path / name).is_file():
-            raise ValueError(f"{name} is not there")
-        if (found := checksum(path / name)) != written:
-            raise ValueError(f"{name} is damaged: its checksum is {found}, not {written!r:.20}")
+    for name, written in sums.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise ValueError(f"{name:.100} is not there")
+        if (found := checksum(file)) != written:
+            raise ValueError(f"{name:.100} is damaged: its checksum is {found}, not {written!r:.20}")
+    return state_files
