@@ -65,18 +65,19 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show:
             show_samples(Path(paths[0]), step=arguments.step, kind=arguments.kind)
             return 0
-        located = [locate_model(path) for path in paths]
-        own_configs = [config for _, config in located if config]
-        config = load_config(arguments.config or next(iter(own_configs), "config.yaml"), overrides)
+        directories, own_configs = zip(*map(locate_model, paths), strict=True)
+        config = load_config(arguments.config or next(filter(None, own_configs), "config.yaml"), overrides)
         if config.model.device == "cpu":
             cpu.prepare_process()
         elif reason := why_no_card():
             raise ValueError(f"{reason}; or add model.device=cpu (for the model of the tiny run: --config config_tiny.yaml)")
-        directories = [directory for directory, _ in located]
+        task, training = load_task(config.task), config.training
+        reward = guard_reward(task.reward_function, timeout=training.reward_timeout, errors=training.reward_errors)
         if arguments.ask is not None:
-            ask(config, directories[0], arguments.ask, temperature=arguments.temperature)
+            ask(config, task, reward, directories[0], text=arguments.ask, temperature=arguments.temperature)
         else:
-            score(config, directories, samples=arguments.samples, temperature=arguments.temperature, json_path=arguments.json)
+            score(config, task, reward, directories, samples=arguments.samples, temperature=arguments.temperature,
+                  json_path=arguments.json)
     except (ValueError, OSError) as error:
         say_last(f"error: {error}", failed=True)
         return 2
@@ -107,22 +108,17 @@ def load_model(config: Config, directory: Path) -> tuple[Transformer, Tokenizer]
     return Transformer.from_pretrained(directory, device=config.model.device, dtype=dtype), Tokenizer.from_pretrained(directory)
 
 
-def guarded_reward(config: Config, task: ModuleType) -> Callable[..., Reward]:
-    return guard_reward(task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors)
-
-
 # ---------------------------------------------------------------- held-out questions
 
 
-def score(config: Config, directories: list[Path], *, samples: int, temperature: float, json_path: str | None) -> None:
+def score(config: Config, task: ModuleType, reward_function: Callable[..., Reward], directories: tuple[Path, ...], *,
+          samples: int, temperature: float, json_path: str | None) -> None:
     """Print a table of the models, each answering with the random numbers of train.py's evaluations."""
     if samples < 1:
         raise ValueError(f"--samples {samples}: wanted at least 1")
     if json_path and not Path(json_path).parent.is_dir():
         raise FileNotFoundError(f"--json {json_path}: there is no directory {Path(json_path).parent}; make it first")
-    task = load_task(config.task)
     _, problems = load_problems(task, config.data)
-    reward_function = guarded_reward(config, task)
     answers = []
     for directory in directories:
         model, tokenizer = load_model(config, directory)
@@ -131,8 +127,7 @@ def score(config: Config, directories: list[Path], *, samples: int, temperature:
             answers.append(rollout(
                 model, tokenizer, questions, num_answers=samples, max_gen_len=config.training.max_gen_len,
                 temperature=max(temperature, GREEDY), reward_function=reward_function,
-                generator=seeded_generator(config.training.seed, "evaluation"),
-                watch=PhaseWatch(str(directory)),
+                generator=seeded_generator(config.training.seed, "evaluation"), watch=PhaseWatch(str(directory)),
             ))  # fmt: skip
     if not any(episode.reward.parts.keys() & {"answer", "error"} for episodes in answers for episode in episodes):
         say(f"warning: {UNCOUNTED}")
@@ -140,8 +135,7 @@ def score(config: Config, directories: list[Path], *, samples: int, temperature:
     summaries = [{"model": str(d), **model_summary(episodes, kinds)} for d, episodes in zip(directories, answers, strict=True)]
     comparison = compare_models(*answers) if len(answers) == 2 else None
     how = f"at temperature {temperature:g}" if temperature else "greedy"
-    print(f"{config.task}: {len(problems)} held-out questions, answers to each: {samples}, {how}\n"
-          f"{table(summaries)}")
+    print(f"{config.task}: {len(problems)} held-out questions, answers to each: {samples}, {how}\n{table(summaries)}")
     if comparison:
         print("difference {difference:+.1%}: better on {questions_better} questions, worse on {questions_worse}, "
               "p = {p:.2g} (exact paired test)".format(**comparison))
@@ -154,20 +148,27 @@ def score(config: Config, directories: list[Path], *, samples: int, temperature:
 
 def table(summaries: list[dict]) -> str:
     """One column a model."""
+    columns = [list(cells(summaries[0])), *(list(cells(summary).values()) for summary in summaries)]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
-    def success(s: dict) -> str:
-        return f"{s['success']:.1%} ({s['success_low']:.1%} … {s['success_high']:.1%})"
 
-    rows = [["", *(s["model"] for s in summaries)], ["success = pass@1 (95 % interval)", *map(success, summaries)]]
-    if len(summaries[0]["by_kind"]) > 1:
-        for kind, part in summaries[0]["by_kind"].items():
-            rows.append([f"  {kind}, {part['questions']} questions", *(success(s["by_kind"][kind]) for s in summaries)])
-    rows += [[f"pass@{k}", *(f"{s['pass_at'][k]:.1%}" for s in summaries)] for k in summaries[0]["pass_at"] if k > 1]
-    rows += [["reward", *(f"{s['reward']:.3f}" for s in summaries)],
-             ["mean length", *(f"{s['mean_length']:.1f} tokens" for s in summaries)],
-             ["finished", *(f"{s['finished']:.1%}" for s in summaries)]]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def cells(summary: dict) -> dict[str, str]:
+    """What the table says of a model, by the name of its row."""
+
+    def success(part: dict) -> str:
+        return f"{part['success']:.1%} ({part['success_low']:.1%} … {part['success_high']:.1%})"
+
+    kinds = summary["by_kind"] if len(summary["by_kind"]) > 1 else {}
+    return {
+        "": summary["model"],
+        "success = pass@1 (95 % interval)": success(summary),
+        **{f"  {kind}, {part['questions']} questions": success(part) for kind, part in kinds.items()},
+        **{f"pass@{k}": f"{chance:.1%}" for k, chance in summary["pass_at"].items() if k > 1},
+        "reward": f"{summary['reward']:.3f}",
+        "mean length": f"{summary['mean_length']:.1f} tokens",
+        "finished": f"{summary['finished']:.1%}",
+    }
 
 
 def answer_record(episode: Episode, problems: list[dict]) -> dict:
@@ -182,42 +183,39 @@ def answer_record(episode: Episode, problems: list[dict]) -> dict:
 # ---------------------------------------------------------------- one question, and the samples of a run
 
 
-def ask(config: Config, directory: Path, text: str, *, temperature: float) -> None:
+def ask(config: Config, task: ModuleType, reward_function: Callable[..., Reward], directory: Path, *, text: str,
+        temperature: float) -> None:
     """Print the model's answer to a question token by token, then what the task makes of it."""
-    task = load_task(config.task)
     if not hasattr(task, "parse_question"):
         raise ValueError(f"--ask: task={config.task} has no parse_question(text) -> problem; add that function to the task's file")
-    problem, reward_function = task.parse_question(text), guarded_reward(config, task)
+    problem = task.parse_question(text)
     model, tokenizer = load_model(config, directory)
     question = make_question(task, problem, tokenizer)
     check_length(model.config, len(question.prompt_token_ids), config.training.max_gen_len)
     sampling = Sampling(config.training.max_gen_len, max(temperature, GREEDY), tokenizer.vocab_size, tokenizer.stop_ids)
     uniforms_G = torch.rand(sampling.max_gen_len, generator=seeded_generator(config.training.seed, "ask"))
     print(question.prompt.rpartition("\n")[2], end="", flush=True)
-    ids, shown = [], 0
+    cut_off = f"; cut off after {sampling.max_gen_len} tokens (training.max_gen_len)"
+    ids, answer, printed = [], "", 0
     with cpu.packed_for_decoding(model, 1):
         for token_id in generate_one(model, question.prompt_token_ids, sampling, uniforms_G):
+            if token_id in tokenizer.stop_ids:
+                cut_off = ""
+                break
             ids.append(token_id)
-            answer = whole_characters(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]))
-            print(printable(answer[shown:]), end="", flush=True)
-            shown = len(answer)
-    is_finished = ids[-1] in tokenizer.stop_ids
-    answer = tokenizer.decode(ids[:-1] if is_finished else ids)
-    print(printable(answer[shown:]))
+            answer = tokenizer.decode(ids)
+            whole = answer.rstrip("\N{REPLACEMENT CHARACTER}")  # of the last character not all bytes may be there yet
+            print(printable(whole[printed:]), end="", flush=True)
+            printed = len(whole)
+    print(printable(answer[printed:]))
     reward = reward_function(answer, **problem)
-    cut_off = "" if is_finished else f"; cut off after {len(ids)} tokens (training.max_gen_len)"
     print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
-
-
-def whole_characters(text: str) -> str:
-    """A growing text less its last character, if the bytes of that one are spread over tokens and not all there yet."""
-    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def describe(reward: float | None, parts: dict[str, float | None]) -> str:
     """None stands for a number that is not finite."""
-    reward, *values = (math.nan if value is None else value for value in (reward, *parts.values()))
-    return f"reward {reward:g} (" + ", ".join(f"{name} {value:g}" for name, value in zip(parts, values, strict=True)) + ")"
+    total, *others = (f"{name} {math.nan if value is None else value:g}" for name, value in (("reward", reward), *parts.items()))
+    return f"{total} ({', '.join(others)})"
 
 
 def show_samples(run: Path, *, step: int | None, kind: str | None) -> None:

@@ -5,11 +5,11 @@ docs/metrics.md says what each means. Without --out the picture goes to RUN/curv
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--out {out}: wanted a name that ends in .png or .svg")
         figure = draw({run: read_metrics(Path(run)) for run in arguments.runs})
         with rc_context(STYLE):
-            figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None} if out.suffix == ".svg" else {})
+            figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None})
     except (ValueError, OSError) as error:
         say_last(f"error: {error}", failed=True)
         return 2
@@ -65,34 +65,26 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         (reward, success), (length, entropy) = figure.subplots(2, 2, sharex=True)
-        for i, (name, records) in enumerate(runs.items()):
-            colour = COLOURS[i % len(COLOURS)]
+        for (name, records), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
             reward.plot(*series(records, "reward"), color=colour, label=name)
             success.plot(*series(records, "eval/success"), color=colour, marker="o", markersize=4)
             steps, low = series(records, "eval/success_low")
             success.fill_between(steps, low, series(records, "eval/success_high")[1], color=colour, alpha=0.18, linewidth=0)
-            length.plot(*series(records, "completions/mean_length"), color=colour, label="all answers" if i == 0 else None)
-            length.plot(*series(records, "completions/mean_terminated_length"), color=colour, linestyle=(0, (2, 2)),
-                        label="finished answers" if i == 0 else None)
+            length.plot(*series(records, "completions/mean_length"), color=colour)
+            length.plot(*series(records, "completions/mean_terminated_length"), color=colour, linestyle=(0, (2, 2)))
             entropy.plot(*series(records, "entropy"), color=colour)
-        _label(reward, "Reward in training", "mean per answer")
-        _label(success, "Success on held-out questions", "share, 95 % interval")
-        _label(length, "Answer length", "mean, tokens")
-        _label(entropy, "Entropy of the sampling distribution", "mean, nats per token")
-        success.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        success.set_ylim(0, 1)
+        reward.set(title="Reward in training", ylabel="mean per answer")
+        success.set(title="Success on held-out questions", ylabel="share, 95 % interval", ylim=(0, 1))
+        length.set(title="Answer length", ylabel="mean, tokens")
+        entropy.set(title="Entropy of the sampling distribution", ylabel="mean, nats per token")
         for panel in (length, entropy):
-            panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
-            panel.set_xlabel("step")
-        length.legend(loc="lower right", fontsize=9)
+            panel.set(ylim=(0, 1.1 * panel.get_ylim()[1]), xlabel="step")
+        for panel in figure.axes:
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        success.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        length.legend(length.lines[:2], ["all answers", "finished answers"], loc="lower right", fontsize=9)
         figure.legend(*reward.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
     return figure
-
-
-def _label(panel: Axes, title: str, unit: str) -> None:
-    panel.set_title(title)
-    panel.set_ylabel(unit)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_ask_prints_whole_characters_one_after_another_and_the_verdict(models, c
     shown = "".join(pieces)
     reward = 0.25 + (sum(map(ord, text)) % 2 == 0)
     assert shown.startswith("<think>né 🙂 \\x1b[31m\\u202e</think>\n")  # mutation: no printable(): a model writes to the terminal
-    assert "\N{REPLACEMENT CHARACTER}" not in shown  # mutation: whole_characters returns its text as it is
+    assert "\N{REPLACEMENT CHARACTER}" not in shown  # mutation: whole = answer
     assert shown.endswith(f"reward {reward:g} (answer {reward - 0.25:g})\n")
     assert len(pieces) > 20, "it comes as it is drawn"
 
