@@ -27,22 +27,14 @@ def step_metrics(episodes: list[Episode], stats: UpdateStats, *, learning_rate: 
         "reward_std": fmean(pstdev(group) if all(map(math.isfinite, group)) else math.nan for group in groups),
         "frac_reward_zero_std": fmean(float(len(set(group)) == 1) for group in groups),
         **{f"rewards/{name}": fmean(e.reward.parts.get(name, 0.0) for e in episodes) for name in sorted(parts)},
-        "completions/mean_length": fmean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
+        "completions/mean_length": fmean(lengths), "completions/min_length": min(lengths), "completions/max_length": max(lengths),
         "completions/mean_terminated_length": fmean(finished) if finished else 0.0,
         "completions/clipped_ratio": 1 - len(finished) / len(episodes),
         "entropy": sum(e.entropy * n for e, n in zip(episodes, lengths, strict=True)) / sum(lengths),
-        "loss": stats.loss,
-        "grad_norm": stats.grad_norm,
-        "learning_rate": learning_rate,
-        "num_tokens": stats.num_tokens,
-        "sampling/logp_difference_mean": stats.logprob_diff_mean,
-        "sampling/logp_difference_max": stats.logprob_diff_max,
-        "weights_changed": stats.weights_changed,
-        "weights_changed_fp32": stats.weights_changed_fp32,
-        **skipped,
-    }
+        "loss": stats.loss, "grad_norm": stats.grad_norm, "learning_rate": learning_rate, "num_tokens": stats.num_tokens,
+        "sampling/logp_difference_mean": stats.logprob_diff_mean, "sampling/logp_difference_max": stats.logprob_diff_max,
+        "weights_changed": stats.weights_changed, "weights_changed_fp32": stats.weights_changed_fp32, **skipped,
+    }  # fmt: skip
 
 
 def pick_samples(episodes: list[Episode], advantages: list[float], prompts: list[str]) -> list[dict]:
@@ -100,14 +92,12 @@ def outcome(episodes: list[Episode]) -> dict[str, float]:
     counts = success_counts(episodes)
     low, high = success_interval(counts, len(episodes) // len(counts))
     return {
-        "success": sum(counts) / len(episodes),
-        "success_low": low,
-        "success_high": high,
+        "success": sum(counts) / len(episodes), "success_low": low, "success_high": high,
         "reward": fmean(e.reward.total for e in episodes),
         "mean_length": fmean(len(e.response_token_ids) for e in episodes),
         "finished": fmean(float(e.is_finished) for e in episodes),
         "questions": len(counts),
-    }
+    }  # fmt: skip
 
 
 def success_counts(episodes: list[Episode]) -> list[int]:
@@ -130,9 +120,9 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 def success_interval(successes: list[int], samples: int) -> tuple[float, float]:
     """95 % interval of the success rate, from how many of `samples` answers to each question succeeded.
 
-    Answers to one question resemble each other, so they are not counted as independent: the Wilson interval is taken at
-    the effective number of answers, at which independent ones would spread as the questions' means do (Kish's design
-    effect; Franco et al., J. Survey Stat. Methodol. 7, 2019). With one sample it is the Wilson interval itself.
+    Answers to one question resemble each other: the Wilson interval is taken at the number of independent answers that would
+    spread as the questions' means do (Kish's design effect; Franco et al., J. Survey Stat. Methodol. 7, 2019). Counted in
+    fractions, so that with one sample it is the Wilson interval to the bit.
     """
     rates = [Fraction(count, samples) for count in successes]
     share = mean(rates)
@@ -151,8 +141,7 @@ def paired_p_value(differences: list[int]) -> float:
     """Two-sided p of "both models are equally good", from (successes of one - successes of the other) on each question.
 
     Fisher's randomisation test (The Design of Experiments, 1935, section 21): if they are equally good, each difference
-    might as well have had the other sign. The distribution of the sum over all choices of signs is computed exactly.
-    With one sample a question this is the exact McNemar test.
+    might as well have had the other sign; the distribution of the sum over all choices is exact. With one sample: McNemar's test.
     """
     bound = sum(map(abs, differences))
     chances = np.zeros(2 * bound + 1)  # of each sum in -bound..bound
@@ -168,7 +157,6 @@ def compare_models(first: list[Episode], second: list[Episode]) -> dict:
     differences = [b - a for a, b in zip(success_counts(first), success_counts(second), strict=True)]
     return {
         "difference": sum(differences) / len(first),
-        "questions_better": sum(d > 0 for d in differences),
-        "questions_worse": sum(d < 0 for d in differences),
+        "questions_better": sum(d > 0 for d in differences), "questions_worse": sum(d < 0 for d in differences),
         "p": paired_p_value(differences),
-    }
+    }  # fmt: skip
