@@ -26,6 +26,7 @@ import train
 from data_types import Reward
 from harness import checkpoint, run
 from harness.config import load_config
+from harness.logs import NoLog, RunLog
 from qwen2_model import Transformer
 from tests import letters_task
 from tests.helpers import sign
@@ -728,6 +729,23 @@ def test_a_reward_that_sleeps_is_cut_off(base_model, tmp_path, monkeypatch, caps
 
 
 # ---------------------------------------------------------------- what is written about a run
+
+
+def test_numbers_that_are_not_finite_are_null_however_deep(tmp_path):
+    log = RunLog(tmp_path, {})
+    log.write("timings.jsonl", {"step": 1, "seconds": math.inf, "memory/update": 0.1})
+    log.write("samples.jsonl", {"step": 1, "kind": "best", "question": "?", "text": "NaN", "reward": math.nan,
+                                "advantage": -math.inf, "parts": {"answer": math.nan}, "length": 2, "finished": True})  # fmt: skip
+    log.close()
+    assert (tmp_path / "timings.jsonl").read_text() == '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
+    assert '"text": "NaN", "reward": null, "advantage": null, "parts": {"answer": null}' in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_the_log_of_a_process_that_does_not_write_is_empty():
+    log = NoLog()
+    log.write("metrics.jsonl", {"step": 1})
+    assert (list(log.read("metrics.jsonl")), log.sizes()) == ([], {})
+    log.close()
 
 
 def test_every_number_of_a_run_stands_in_the_docs(finished_run):
