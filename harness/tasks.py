@@ -8,6 +8,7 @@ A task is a module with three functions, found by the name in the config (`task:
     parse_question(text: str) -> dict                       optional: lets evaluate.py --ask take a question
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -22,8 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,112 +101,44 @@ def make_question(task: ModuleType, problem: dict, tokenizer: Tokenizer) -> Ques
 
 def guard_reward(
     reward_function: Callable[..., Reward], *, timeout: float, errors: str, closes: Iterable[int] = ()
-) -> Callable[..., Reward]:  # fmt: skip
+) -> Callable[..., Reward]:
     """The reward function in a process of its own, replaced when it takes over `timeout` seconds for an answer.
 
     Called before there are weights, threads and a CUDA context, of which the process would keep copies; closes: open files
     that it is not to keep open. If the function raises, hangs, ends its process, or returns what is no Reward:
     errors="zero" scores the answer 0 with a part "error"; errors="stop" raises ValueError naming the question, the answer
     and the line. A total that is not finite passes: the update refuses it and names the question. Its close() ends the process.
+
+    The process is a worker, which may hang in C, exit, fork, eat memory or change its problem. It is the child of a keeper,
+    forked here to pass on what is asked and answered and to replace it: in the middle of a run a fork would copy all that
+    the run holds by then, and a fresh interpreter would import torch again (2 s, 150 MB). What comes back is JSON, which
+    cannot run code here. Both end with the run, however it ends: the keeper listens to a pipe that only the run holds.
     """
-    worker = _Worker(reward_function, closes)
+    keeper, run = Pipe()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or the child would have the text too
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads: those of numpy, which stand idle
+        _fork(_keep, run, [keeper.fileno(), *closes], reward_function, timeout)
+    run.close()
 
     def guarded(response: str, /, **problem) -> Reward:
-        outcome = worker.score(response, problem, timeout)
-        if isinstance(outcome, Reward):
-            return outcome
+        try:
+            keeper.send((response, problem))
+            outcome = json.loads(keeper.recv_bytes())
+        except (EOFError, OSError):
+            raise ChildProcessError("the process that keeps the reward function's process was killed") from None
+        except Exception as error:  # whatever it is in the problem that cannot be pickled
+            outcome = f"cannot be sent its problem: {error!r:.300}"
+        if not isinstance(outcome, str):
+            return Reward(*outcome)
         if errors == "zero":
             return Reward(0.0, {"error": 1.0})
         raise ValueError(f"the reward function {outcome} on the question {problem!r:.300} and the answer {response!r:.300}; mend "
                          "it, or count such answers as 0 with training.reward_errors=zero")
 
-    guarded.close = worker.close
+    guarded.close = keeper.close
     return guarded
-
-
-class _Worker:
-    """The process in which a reward function runs, whatever that does: hang in C, exit, fork, eat memory, change its problem.
-
-    It is the child of a keeper, which is forked at the start and does nothing but replace it: in the middle of a run a fork
-    would copy all that the run holds by then, and a fresh interpreter would import torch again (2 s, 150 MB). Both end with
-    the run, however it ends: the keeper waits at a pipe whose other end only the run holds. What comes from the worker is
-    JSON, which cannot run code here.
-    """
-
-    def __init__(self, reward_function: Callable[..., Reward], closes: Iterable[int]):
-        self._place = _line_in_task(reward_function)
-        self._keeper, keeper_side = Pipe()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # or the child would have the text too
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads: those of numpy, which stand idle
-            _fork(_keep, keeper_side, self._keeper, closes, reward_function)
-        keeper_side.close()
-        self._pipe = Connection(recv_handle(self._keeper))
-
-    def close(self) -> None:
-        self._keeper.close()
-        self._pipe.close()
-
-    def score(self, response: str, problem: dict, timeout: float) -> Reward | str:
-        """What the function returned, or what went wrong."""
-        fault = None
-        try:
-            self._pipe.send((response, problem))
-            if self._pipe.poll(timeout):
-                reply = json.loads(self._pipe.recv_bytes())
-                return reply if isinstance(reply, str) else Reward(*reply)
-            fault = f"took over {timeout} s"
-        except (EOFError, OSError):
-            pass  # it is gone
-        except Exception as error:  # whatever it is in the problem that cannot be pickled
-            return f"cannot be sent its problem: {error!r:.300}"
-        try:
-            self._keeper.send_bytes(b"another")
-            code = self._keeper.recv()
-            self._pipe = Connection(recv_handle(self._keeper))
-        except (EOFError, OSError):
-            raise ChildProcessError("the process that keeps the reward function's process was killed") from None
-        return f"{fault or f'ended its process with code {code}'} ({self._place})"
-
-
-def _keep(run: Connection, run_side: Connection, closes: Iterable[int], reward_function: Callable[..., Reward]) -> None:
-    """Start a worker, and another in its place each time the run asks; end it when the run has ended."""
-    os.setsid()  # away from the terminal's signals
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda *_: None)  # a program that the task starts would inherit SIG_IGN
-    run_side.close()
-    for descriptor in closes:
-        os.close(descriptor)
-    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
-    _limit_memory()
-    while True:
-        worker_side, run_side = Pipe()
-        worker = _fork(_serve, worker_side, (run, run_side), reward_function)
-        try:
-            os.setpgid(worker, worker)  # what it starts ends with it
-            send_handle(run, run_side.fileno(), None)
-            worker_side.close()
-            run_side.close()
-            run.recv_bytes()  # EOFError ends us
-        finally:
-            os.killpg(worker, signal.SIGKILL)
-        run.send(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
-
-
-def _serve(run: Connection, others: Iterable[Connection], reward_function: Callable[..., Reward]) -> None:
-    for end in others:
-        end.close()
-    own = os.getpid()
-    while True:
-        response, problem = run.recv()
-        try:
-            reply = _plain(reward_function(response, **problem))
-        except BaseException as error:
-            reply = f"raised {printable(repr(error))[:300]} ({_line_in_task(reward_function, error)})"
-        if os.getpid() != own:
-            return  # the task forked, and this is the copy
-        run.send_bytes(json.dumps(reply).encode())
 
 
 def _fork(function: Callable[..., None], *arguments) -> int:
@@ -219,13 +151,52 @@ def _fork(function: Callable[..., None], *arguments) -> int:
         os._exit(0)
 
 
-def _limit_memory() -> None:
-    """Whoever asks for too much gets a MemoryError, before the kernel looks for a process to kill."""
-    if sys.platform == "linux":
+def _keep(run: Connection, closes: Iterable[int], reward_function: Callable[..., Reward], timeout: float) -> None:
+    """Pass each request of the run to a worker and its reply to the run; replace a worker that hangs or has ended."""
+    os.setsid()  # away from the terminal's signals
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: None)  # a program that the task starts would inherit SIG_IGN
+    for descriptor in closes:
+        os.close(descriptor)
+    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
+    if sys.platform == "linux":  # who asks for too much gets a MemoryError, before the kernel looks for a process to kill
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = held + MAX_MEMORY if hard == resource.RLIM_INFINITY else min(held + MAX_MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        with contextlib.suppress(ValueError):  # a hard limit below it stands
+            resource.setrlimit(resource.RLIMIT_DATA, (held + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    while True:
+        worker, keeper = Pipe()
+        pid = _fork(_serve, keeper, (run, worker), reward_function)
+        keeper.close()
+        fault = ""
+        try:
+            os.setpgid(pid, pid)  # what it starts ends with it
+            while not fault:
+                worker.send_bytes(run.recv_bytes())
+                if worker in wait([worker, run], timeout):
+                    run.send_bytes(worker.recv_bytes())
+                else:
+                    fault = f"took over {timeout} s"
+        except (EOFError, OSError):
+            pass  # the worker is gone; or the run is, and then the last line ends us
+        os.killpg(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        fault = fault or f"ended its process with code {code}"
+        run.send_bytes(json.dumps(f"{fault} ({_line_in_task(reward_function)})").encode())
+
+
+def _serve(keeper: Connection, others: Iterable[Connection], reward_function: Callable[..., Reward]) -> None:
+    for end in others:
+        end.close()
+    own = os.getpid()
+    while True:
+        response, problem = keeper.recv()
+        try:
+            reply = _plain(reward_function(response, **problem))
+        except BaseException as error:
+            reply = f"raised {printable(repr(error))[:300]} ({_line_in_task(reward_function, error)})"
+        if os.getpid() != own:
+            return  # the task forked, and this is the copy
+        keeper.send_bytes(json.dumps(reply).encode())
 
 
 class _Printable(io.TextIOBase):

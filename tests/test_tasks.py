@@ -338,7 +338,7 @@ def test_a_number_of_numpy_is_a_number(number):
     assert [reward.total, reward.parts["answer"]] == pytest.approx([float(number)] * 2, rel=0, nan_ok=True)
 
 
-# Catches: the worker not killed at the timeout; the keeper's `finally` left out; Exception for BaseException in _serve.
+# Catches: the worker not killed at the timeout; EOFError of a worker that ends the keeper; Exception for BaseException in _serve.
 @pytest.mark.parametrize("reward_function", HANGING + FAILING)
 def test_a_failing_reward_counts_zero_where_errors_are_zero(reward_function):
     start = time.perf_counter()
@@ -474,7 +474,8 @@ def start_run(directory: Path, act) -> list[int]:
     return [run, *map(int, (directory / "pids").read_text().split())]
 
 
-# Catches: the run's end of the keeper's pipe left open in the keeper; setsid left out (SIGKILL of the group).
+# Catches: the run's end of the pipe left open in the keeper; the run not waited for beside the worker; setsid left out (SIGKILL
+# of the group).
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("act", [lambda: None, lambda: sum(range(10**11))], ids=["idle", "hung"])
@@ -518,7 +519,7 @@ def test_a_keeper_that_was_killed_is_said():
         guarded("an answer")
 
 
-# Catches: close() of the worker's pipe alone, which leaves the keeper.
+# Catches: a close() that does nothing; the pipe held by something that outlives the guard.
 @pytest.mark.parametrize("close", [True, False])
 def test_the_processes_go_with_the_guard(close):
     guarded = guard_reward(lambda response: Reward(1.0, {"own": os.getpid() / 1e5, "keeper": os.getppid() / 1e5}), timeout=5.0,
