@@ -4,13 +4,13 @@ config.yaml says what each key does. What a section `data` may hold is the task'
 """
 
 import difflib
-import functools
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from harness.tasks import load_task
 from published_format import read_text
@@ -64,11 +64,14 @@ class OptimizerConfig(Section):
     offload: bool
 
 
-class Config(Section):
+DataOfTask = TypeVar("DataOfTask")
+
+
+class Config(Section, Generic[DataOfTask]):
     task: str
     output_dir: str
     model: ModelConfig
-    data: Any
+    data: DataOfTask
     training: TrainingConfig
     optimizer: OptimizerConfig
 
@@ -101,16 +104,12 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             value = {part: value}
         raw = _merge(raw, value)
     task = raw.get("task")
-    whole = _config_with(getattr(load_task(task), "Data", Data) if isinstance(task, str) else Any)
+    whole = Config[getattr(load_task(task), "Data", Data) if isinstance(task, str) else Any]
     try:
         return whole.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("\n".join(dict.fromkeys(_describe(fault, whole) for fault in error.errors()[:MAX_FAULTS]))) from None
-
-
-@functools.cache  # configurations of one class can be compared
-def _config_with(data: type) -> type[Config]:
-    return create_model("Config", __base__=Config, data=(data, ...))
+        fields = _fields(whole)
+        raise ValueError("\n".join(dict.fromkeys(_describe(fault, fields) for fault in error.errors()[:MAX_FAULTS]))) from None
 
 
 def as_yaml(config: Config) -> str:
@@ -120,50 +119,49 @@ def as_yaml(config: Config) -> str:
 
 # ---------------------------------------------------------------- faults in words
 
-WORDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le"), "greater_than": ("above", "gt"),
-         "less_than": ("below", "lt"), "literal_error": ("", "expected")}  # fmt: skip
-PYTHON_NAMES = {"string_type": "str", "bool_type": "bool", "int_type": "int", "float_type": "float"}
+WANTED = {  # by pydantic's name of the fault
+    "greater_than_equal": "must be at least {ge}", "less_than_equal": "must be at most {le}", "greater_than": "must be above {gt}",
+    "less_than": "must be below {lt}", "string_type": "is a {}; wanted a str", "bool_type": "is a {}; wanted a bool",
+    "int_type": "is a {}; wanted a int", "float_type": "is a {}; wanted a float",
+    "model_type": "must be a section of key: value lines",
+}  # fmt: skip
 
 
-def _describe(fault: dict, config: type[Config]) -> str:
+def _describe(fault: dict, fields: dict[str, FieldInfo]) -> str:
     """One fault that pydantic found, as a line."""
-    names = [part for part in fault["loc"] if isinstance(part, str)]  # the place in a list does not matter
-    key, kind, value = ".".join(names), fault["type"], repr(fault["input"])
-    got = f"{key}={value if len(value) <= 200 else value[:200] + '…'}"
+    key = ".".join(part for part in fault["loc"] if isinstance(part, str))  # the place in a list does not matter
+    section, _, name = key.rpartition(".")
+    kind, value = fault["type"], fault["input"]
     if kind == "missing":
         return f"config key {key} is missing; config.yaml shows every key with its meaning"
     if kind == "extra_forbidden":
-        section = key.rpartition(".")[0] + "."
-        keys = sorted([*config.model_fields, *_keys(config)], key=lambda name: name.startswith(section))
-        known = {name.rpartition(".")[2]: name for name in keys}  # of two of one name, the one in this section
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        remedy = f"did you mean {known[near[0]]}?" if near else "config.yaml shows every key"
-        return f"unknown config key {key[:200]}; {remedy}"
+        keys = sorted(fields, key=lambda known: known.startswith(f"{section}."))
+        known = {key.rpartition(".")[2]: key for key in keys}  # of two of one name, the one in this section
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"unknown config key {key[:200]}; {f'did you mean {known[near[0]]}?' if near else 'config.yaml shows every key'}"
     if kind == "value_error":
         return str(fault["ctx"]["error"])
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{got} must be a section of key: value lines"
-    if kind in ("list_type", "too_short"):
-        section, _, name = key.partition(".")
-        field = _sections(config)[section].model_fields.get(name)
-        return f"{got} must be a list" + (f", for example {field.examples}" if field and field.examples else ", not empty")
-    if kind in WORDS:
-        word, bound = WORDS[kind]
-        return f"{got} must be {word} {fault['ctx'][bound]}".replace("be  ", "be ")
-    if kind in PYTHON_NAMES:
-        whole = kind == "int_type" and isinstance(fault["input"], float) and fault["input"].is_integer()
-        remedy = f"; write {int(fault['input'])}" if whole else ""
-        return f"{got} is a {type(fault['input']).__name__}; wanted a {PYTHON_NAMES[kind]}{remedy}"
-    return f"{got} must be {fault['msg'].removeprefix('Input should be ')}"
+    if kind in WANTED:
+        wanted = WANTED[kind].format(type(value).__name__, **fault.get("ctx", {}))
+    elif kind in ("list_type", "too_short"):
+        examples = fields[key].examples if key in fields else None
+        wanted = f"must be a list, for example {examples}" if examples else "must be a list, not empty"
+    else:
+        wanted = f"must be {fault['msg'].removeprefix('Input should be ')}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        wanted += f"; write {int(value)}"
+    shown = repr(value)
+    return f"{key}={shown if len(shown) <= 200 else shown[:200] + '…'} {wanted}"
 
 
-def _sections(config: type[Config]) -> dict[str, type[BaseModel]]:
-    return {name: field.annotation for name, field in config.model_fields.items() if isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)}  # fmt: skip
-
-
-def _keys(config: type[Config]) -> list[str]:
-    return [f"{name}.{key}" for name, section in _sections(config).items() for key in section.model_fields]
+def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """By their whole keys, those of the sections in it included."""
+    fields = {}
+    for name, field in section.model_fields.items():
+        fields[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            fields |= _fields(field.annotation, f"{prefix}{name}.")
+    return fields
 
 
 # ---------------------------------------------------------------- YAML, the plain part of it
@@ -178,23 +176,22 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if event.anchor or getattr(event, "tag", None):  # an alias has an anchor, too
-            raise yaml.composer.ComposerError(None, None, "anchors, aliases and tags are not read", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, "anchors, aliases and tags are not read", event.start_mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
     def construct_mapping(self, node, deep=False):
-        keys = set()
-        for key in (self.construct_object(key) for key, _ in node.value):
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.100} is not a word", node.start_mark)
-            if key in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.100} is given twice", node.start_mark)
-            keys.add(key)
-        return super().construct_mapping(node, deep)
+        mapping = {}
+        for key, value in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str) or name in mapping:
+                raise yaml.MarkedYAMLError(None, None, f"the key {name!r:.100} must be a word, given once", key.start_mark)
+            mapping[name] = self.construct_object(value, deep=True)
+        return mapping
 
 
 for _kind, _form in (
