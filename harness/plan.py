@@ -28,7 +28,7 @@ UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 TRANSIT = 2**23  # elements that several processes share at once
 USABLE_GIB = {24: 22.5, 48: 42.5, 80: 78.0, 141: 139.0}  # of a card that is sold as so many GB
 
-# hidden, intermediate, layers, heads, key heads, tied: to plan before a model is downloaded
+# hidden, intermediate, layers, heads, key heads (in Qwen2Config's order), tied: to plan before a model is downloaded
 PUBLISHED = {
     "0.5B": (896, 4864, 24, 14, 2, True), "1.5B": (1536, 8960, 28, 12, 2, True), "3B": (2048, 11008, 36, 16, 2, True),
     "7B": (3584, 18944, 28, 28, 4, False), "14B": (5120, 13824, 48, 40, 8, False), "32B": (5120, 27648, 64, 40, 8, False),
@@ -47,13 +47,16 @@ class Plan:
     checkpoint_layers: int  # for grpo.update_policy
     cache_rows: int
 
+    @property
+    def needed(self) -> float:  # bytes
+        return max(sum(self.rollout.values()), sum(self.update.values()))
+
     def table(self) -> str:
-        names = list(dict.fromkeys([*self.rollout, *self.update]))
+        columns = [part | {"total": sum(part.values())} for part in (self.rollout, self.update)]
         lines = [f"{'GiB':42}{'rollout':>9}{'update':>9}"]
-        for name in names:
-            cells = (f"{part[name] / GIB:9.2f}" if name in part else f"{'-':>9}" for part in (self.rollout, self.update))
+        for name in dict.fromkeys([*self.rollout, *self.update, "total"]):
+            cells = (f"{column[name] / GIB:9.2f}" if name in column else f"{'-':>9}" for column in columns)
             lines.append(f"{name:42}{''.join(cells)}")
-        lines.append(f"{'total':42}{sum(self.rollout.values()) / GIB:9.2f}{sum(self.update.values()) / GIB:9.2f}")
         lines.append(f"to use: {self.budget / GIB:.2f}" + (f"; page-locked CPU memory: {self.host / GIB:.2f}" if self.host else ""))
         return "\n".join(lines)
 
@@ -63,52 +66,50 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1, held_out: i
 
     Raises ValueError naming the settings that would make the run fit, if it does not.
     """
-    training, dtype = config.training, getattr(torch, config.model.dtype)
+    training, device, dtype = config.training, config.model.device, getattr(torch, config.model.dtype)
     questions = -(-training.num_questions_per_batch // cards)  # of a step, of one process
     answers = questions * (training.batch_size // training.num_questions_per_batch)
-    budget = config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(config.model.device, cards)
+    budget = config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(device, cards)
     weights = num_weights(shape) * dtype.itemsize
     state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype) / cards
-    offloaded = config.optimizer.offload and config.model.device == "cuda"
-    piece = min(PIECE[config.model.device], num_weights(shape))
-    in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
+    offloaded = config.optimizer.offload and device == "cuda"
     fixed = {"weights": weights, "optimizer state": 0 if offloaded else state}
-    if config.model.device == "cuda":
+    if device == "cuda":
         fixed["CUDA context and workspaces"] = CONTEXT_BYTES
 
-    row_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
-    more_rows = (PROMPT_TOKENS + training.max_gen_len) / training.max_gen_len  # have room where prompts are shorter than planned
+    token_bytes, longest = KVCache.bytes_per_token(shape, dtype), PROMPT_TOKENS + training.max_gen_len
+    row_bytes, prompt_bytes = token_bytes * longest, token_bytes * PROMPT_TOKENS
+    ahead = token_bytes * CHECK_INTERVAL  # columns of tokens drawn before somebody looks
+    more_rows = longest / training.max_gen_len  # have room where prompts are shorter than planned
     step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows  # of a row
-    prompt_bytes = KVCache.bytes_per_token(shape, dtype) * PROMPT_TOKENS
     rollout = fixed | {"prompts": prompt_bytes * questions}
-    if config.model.device == "cuda":
+    if device == "cuda":
         rollout["graphs of the decode step"] = GRAPHS_KEPT * GRAPH_BYTES * step_kernels(shape)
-    ahead = CHECK_INTERVAL * KVCache.bytes_per_token(shape, dtype)  # columns of tokens drawn before somebody looks
-    if packs_for_decoding(config.model.device, dtype):
+    if packs_for_decoding(device, dtype):
         rollout["weights, packed for decoding"] = weights
     cache_rows = int(min(answers, (budget - sum(rollout.values())) // (row_bytes + ahead + step_bytes)))
-    cache_bytes = max(cache_rows, 1) * row_bytes
-    rollout["decode step"] = max(cache_rows, 1) * step_bytes
-    rollout[f"KV cache, {max(cache_rows, 1)} of {answers} rows at once"] = cache_bytes + max(cache_rows, 1) * ahead
+    rows = max(cache_rows, 1)
+    rollout["decode step"] = rows * step_bytes
+    rollout[f"KV cache, {rows} of {answers} rows at once"] = rows * (row_bytes + ahead)
     if held_out is None:
         held_out = getattr(config.data, "test_size", 0)  # a task may have other keys
     more_prompts = prompt_bytes * max(0, -(-held_out // cards) - questions)
-    evaluation_cache_bytes = max(row_bytes, cache_bytes - more_prompts)
 
-    update = fixed | {"gradients": weights,
-                      "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[config.model.device],
+    piece = min(PIECE[device], num_weights(shape))
+    in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
+    update = fixed | {"gradients": weights, "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[device],
                       "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece}  # fmt: skip
     if cards > 1:
         update["pieces in transit to other cards"] = 2 * 4 * min(TRANSIT, num_weights(shape))
-    tokens = max(training.micro_batch_tokens, PROMPT_TOKENS + training.max_gen_len)  # a row holds one answer, however long
+    tokens = max(training.micro_batch_tokens, longest)  # a row holds one answer, however long
     update["attention mask"] = tokens * mask_bytes_per_token(config, shape)
     for checkpoint_layers in range(shape.num_hidden_layers + 1):
-        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers, config.model.device)
+        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers, device)
         if sum(update.values()) + activations <= budget:
             break
     update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = activations
-    plan = Plan(rollout, update, budget, state if offloaded else 0, cache_bytes, evaluation_cache_bytes, checkpoint_layers,
-                cache_rows)
+    plan = Plan(rollout, update, budget, state if offloaded else 0, rows * row_bytes,
+                max(row_bytes, rows * row_bytes - more_prompts), checkpoint_layers, cache_rows)  # fmt: skip
     if cache_rows < 1 or sum(update.values()) > budget:
         setting = f"model.memory_gib={config.model.memory_gib or 'null'}"
         raise ValueError(f"the run does not fit into {budget / GIB:.2f} GiB ({setting}):\n{plan.table()}\n"
@@ -123,27 +124,16 @@ def largest_that_fit(path: str = "config.yaml") -> str:
     lines.append("| ---: | --- |" + " ---: |" * len(USABLE_GIB))
     for cards in (1, 2, 4, 8):
         for offload in (False, True):
-            fitting = (list(_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB)
+            fitting = (list(published_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB)
             cells = (sizes[-1] if sizes else "none" for sizes in fitting)
             lines.append(f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def what_fits_on_one_card(path: str = "config.yaml") -> str:
-    """A table of where the optimizer's state of each Qwen2.5 stands, of rows decoded at once and of layers run twice."""
-    sizes = list(PUBLISHED)[:5]
-    lines = ["| card | " + " | ".join(sizes) + " |", "| ---: |" + " --- |" * len(sizes)]
-    for gb in USABLE_GIB:
-        plans = {size: f"{where}: {plan.cache_rows} rows, {plan.checkpoint_layers} layers"
-                 for offload, where in ((True, "CPU"), (False, "card")) for size, plan in _plans(path, gb, offload).items()}
-        lines.append(f"| {gb} GB | " + " | ".join(plans.get(size, "no") for size in sizes) + " |")
-    return "\n".join(lines)
-
-
-def _plans(path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1) -> dict[str, Plan]:
+def published_plans(path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1) -> dict[str, Plan]:
     """Of each Qwen2.5 that trains on cards of so many GB, in ascending order."""
-    settings, plans = [f"model.memory_gib={USABLE_GIB[gb]}", f"optimizer.offload={str(offload).lower()}", *overrides], {}
-    config = load_config(path, settings)
+    config = load_config(path, [f"model.memory_gib={USABLE_GIB[gb]}", f"optimizer.offload={str(offload).lower()}", *overrides])
+    plans = {}
     for size in PUBLISHED:
         with contextlib.suppress(ValueError):
             plans[size] = make_plan(config, find_shape(f"Qwen2.5-{size}"), cards=cards)
@@ -194,12 +184,9 @@ def find_shape(model_path: str) -> Qwen2Config:
         return Qwen2Config.from_json(path / "config.json")
     if size is None:
         raise FileNotFoundError(absent_model(path))
-    hidden, intermediate, layers, heads, key_heads, tied = PUBLISHED[size]
-    return Qwen2Config(
-        vocab_size=151936 if tied else 152064, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768, rms_norm_eps=1e-6,
-        rope_theta=1e6, tie_word_embeddings=tied,
-    )  # fmt: skip
+    *sizes, tied = PUBLISHED[size]
+    return Qwen2Config(151936 if tied else 152064, *sizes, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6,
+                       tie_word_embeddings=tied)
 
 
 def absent_model(path: Path) -> str:
@@ -210,7 +197,7 @@ def absent_model(path: Path) -> str:
 
 
 def _remedy(config: Config, shape: Qwen2Config, plan: Plan) -> str:
-    missing = max(sum(plan.update.values()), sum(plan.rollout.values())) - plan.budget
+    missing = plan.needed - plan.budget
     per_token = activation_bytes_per_token(shape, getattr(torch, config.model.dtype), shape.num_hidden_layers,
                                            config.model.device) + mask_bytes_per_token(config, shape)
     tokens = int(config.training.micro_batch_tokens - missing / per_token) // 256 * 256
