@@ -62,9 +62,9 @@ def check_card(config: Config, plan: Plan) -> None:
                          "bfloat16 takes 8.0 (A100, RTX 30); set model.dtype=float32, which doubles memory, or take a newer card")
     free, total = torch.cuda.mem_get_info()
     if plan.needed - CONTEXT_BYTES > free:  # the context stands already
-        raise ValueError(f"the plan takes {plan.needed / GIB:.1f} GiB of the card (model.memory_gib={config.model.memory_gib}), but "
-                         f"of the {total / GIB:.1f} GiB of the {name} {free / GIB:.1f} are free; set model.memory_gib=null to plan "
-                         "with what is free, end what else uses the card, or take a larger one")
+        raise ValueError(f"the plan takes {plan.needed / GIB:.1f} GiB of the card (model.memory_gib={config.model.memory_gib}), "
+                         f"but of the {total / GIB:.1f} GiB of the {name} {free / GIB:.1f} are free; set model.memory_gib=null to "
+                         "plan with what is free, end what else uses the card, or take a larger one")
     if plan.host:
         _check_host(plan.host)
 
