@@ -130,8 +130,8 @@ def count_slots(model: Transformer, prompts: list[list[int]], sampling: Sampling
     for tokens in (longest, min(map(len, prompts))):
         check_length(config, tokens, sampling.max_gen_len)
     row_bytes = KVCache.bytes_per_token(config, weight.dtype) * (longest + sampling.max_gen_len)
-    if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: four times V in float32
-        cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 16 * config.vocab_size)
+    if cache_bytes is None:  # what is free, less what a decode step needs for a row beside its cache: twice V in float32
+        cache_bytes = int(0.9 * free_bytes(weight.device)) * row_bytes // (row_bytes + 8 * config.vocab_size)
     if cache_bytes < row_bytes:
         raise ValueError(f"a cache of {cache_bytes:,} bytes holds no row: one of {longest} + {sampling.max_gen_len} tokens takes "
                          f"{row_bytes:,}; raise the budget, or lower max_gen_len")
