@@ -6,7 +6,9 @@ what a step takes is measured and carried over to all layers and all answers. It
 
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,46 +37,42 @@ VOCABULARY, WIDER = 8192, {torch.bfloat16: torch.float32, torch.float32: torch.f
 BOUNDS = {torch.bfloat16: (0.05, 0.1), torch.float32: (1e-3, 1e-3)}
 RESUMED = {"cpu": 0.0, "cuda": 1e-2}  # a card sums in any order
 
+Comparison = tuple[str, float, float]  # what is compared, how far it is apart, how far it may be
+
 
 def check(config: Config, shape: Qwen2Config, plan: Plan, *, cards: int = 1) -> str:
     """Say what is found and, if all agrees, the verdict; else return it. Raises ValueError or NotSaved where there is no room."""
-    most, findings = min(LAYERS, shape.num_hidden_layers), Findings()
+    most, wrong = min(LAYERS, shape.num_hidden_layers), []
     layers = [max(1, most // 2), most]
     fewer, more = (replace(shape, num_hidden_layers=count) for count in layers)
     say(describe(config.model.device))
     _check_room(config, fewer, more)
-    _compare_with_cpu(config, fewer, findings)
-    for graphs in (False, True) if config.model.device == "cuda" else (False,):
-        _step_save_and_go_on(config, fewer, plan, graphs, findings)
+    comparisons = [_compare_with_cpu(config, fewer), _step_save_and_go_on(config, fewer, plan)]
+    if config.model.device == "cuda":
+        comparisons.append(_step_save_and_go_on(config, fewer, plan, graphs=True))
+    for what, found, bound in chain(*comparisons):
+        agrees = found <= bound  # which nan is not
+        say(f"{what}: {found:.2g}, at most {bound:g}: {'agrees' if agrees else 'DOES NOT AGREE'}")
+        if not agrees:
+            wrong.append(f"{what} ({found:.2g}, at most {bound:g})")
     parts = seconds_of_a_step(config, shape, layers, plan, cards=cards)
     say(f"a step, carried over from {layers[0]} and {most} to {shape.num_hidden_layers} layers: "
         + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items()) + f"; {assumptions(config)}")
     total, steps = sum(parts.values()), config.training.max_steps
     expected = f"about {total:.{0 if total >= 10 else 1}f} s a step, {duration(total * steps)} for {steps:,} steps"
-    if findings:
-        return f"check: what must agree does not: {'; '.join(findings)}; else {expected}"
+    if wrong:
+        return f"check: what must agree does not: {'; '.join(wrong)}; else {expected}"
     say(f"check: all agrees; {expected}")
     return ""
 
 
-class Findings(list):
-    """What does not agree."""
-
-    def compare(self, what: str, found: float, bound: float) -> None:
-        agrees = found <= bound  # which nan is not
-        say(f"{what}: {found:.2g}, at most {bound:g}: {'agrees' if agrees else 'DOES NOT AGREE'}")
-        if not agrees:
-            self.append(f"{what} ({found:.2g}, at most {bound:g})")
-
-
 def _check_room(config: Config, fewer: Qwen2Config, more: Qwen2Config) -> None:
     """Raises ValueError if there is no memory for the few layers: on the device, and for what is saved and read again."""
-    whatever_is_free = config.model.model_copy(update={"memory_gib": None})
+    dtype, whatever_is_free = getattr(torch, config.model.dtype), config.model.model_copy(update={"memory_gib": None})
     try:
         make_plan(config.model_copy(update={"model": whatever_is_free}), more)
     except ValueError as error:
         raise ValueError(f"--check runs {more.num_hidden_layers} layers, and for these, too, memory is short: {error}") from None
-    dtype = getattr(torch, config.model.dtype)
     host = 3 * num_weights(fewer) * (dtype.itemsize + AdamW.state_bytes_per_weight(dtype))  # unbroken, read, going on
     if (free := free_bytes(torch.device("cpu"))) < host:
         raise ValueError(f"--check takes {host / GIB:.1f} GiB of CPU memory to save and resume; free some: {free / GIB:.1f} are")
@@ -84,10 +82,10 @@ def _sample(config: Config, model: Transformer) -> list[Episode]:
     size = model.config.vocab_size
     return rollout(model, AnyTokenizer(size), random_questions(QUESTIONS, PROMPT, size), num_answers=ANSWERS, max_gen_len=LENGTH,
                    temperature=config.training.temperature, reward_function=random_reward(),
-                   generator=seeded_generator(config.training.seed, "check"))  # fmt: skip
+                   generator=seeded_generator(config.training.seed, "check"))
 
 
-def _compare_with_cpu(config: Config, shape: Qwen2Config, findings: Findings) -> None:
+def _compare_with_cpu(config: Config, shape: Qwen2Config) -> Iterator[Comparison]:
     """Log-probabilities and gradient, as the device has them, against the CPU's in a wider type."""
     dtype, piece = getattr(torch, config.model.dtype), replace(shape, vocab_size=min(shape.vocab_size, VOCABULARY))
     model = random_model(piece, device=config.model.device, dtype=dtype)
@@ -101,20 +99,20 @@ def _compare_with_cpu(config: Config, shape: Qwen2Config, findings: Findings) ->
         loss.backward()
         results.append((logprobs_P.cpu(), gradient.to("cpu", WIDER[dtype])))
     (ours_P, gradient), (theirs_P, wanted) = results
-    against = f"against the CPU's in {WIDER[dtype]}"
+    (apart, off), against = BOUNDS[dtype], f"against the CPU's in {WIDER[dtype]}"
     for who, logprobs_P in (("sampler", row.sampler_logprobs_P), ("trainer", ours_P)):
-        findings.compare(f"log-probabilities of the {who} {against}", float((logprobs_P - theirs_P).abs().mean()), BOUNDS[dtype][0])
-    findings.compare(f"gradient {against}", _difference(gradient, wanted), BOUNDS[dtype][1])
+        yield f"log-probabilities of the {who} {against}", float((logprobs_P - theirs_P).abs().mean()), apart
+    yield f"gradient {against}", _difference(gradient, wanted), off
 
 
-def _step_save_and_go_on(config: Config, shape: Qwen2Config, plan: Plan, graphs: bool, findings: Findings) -> None:
+def _step_save_and_go_on(config: Config, shape: Qwen2Config, plan: Plan, *, graphs: bool = False) -> Iterator[Comparison]:
     """Two steps, the second once without a break and once from the checkpoint of the first."""
     kind, dtype, device = "with CUDA graphs: " if graphs else "", getattr(torch, config.model.dtype), config.model.device
 
     def update(model: Transformer, optimizer: AdamW) -> UpdateStats:
         return update_policy(model, optimizer, episodes, max_grad_norm=config.training.max_grad_norm, skip_unfinished=False,
                              temperature=config.training.temperature, micro_batch_tokens=config.training.micro_batch_tokens,
-                             checkpoint_layers=min(plan.checkpoint_layers, shape.num_hidden_layers))  # fmt: skip
+                             checkpoint_layers=min(plan.checkpoint_layers, shape.num_hidden_layers))
 
     if device == "cuda":
         GraphedStep.works = graphs
@@ -122,9 +120,8 @@ def _step_save_and_go_on(config: Config, shape: Qwen2Config, plan: Plan, graphs:
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=config.optimizer.offload)
     episodes = _sample(config, model)
     if graphs:
-        findings.compare("CUDA graphs that could not be recorded", float(not GraphedStep.works), 0.0)
-    apart = update(model, optimizer).logprob_diff_mean
-    findings.compare(f"{kind}log-probabilities of sampler and trainer", apart, BOUNDS[dtype][0])
+        yield "CUDA graphs that could not be recorded", float(not GraphedStep.works), 0.0
+    yield f"{kind}log-probabilities of sampler and trainer", update(model, optimizer).logprob_diff_mean, BOUNDS[dtype][0]
     place, on_its_disk = Place(step=1, optimizer_steps=0, log_sizes={}, config={}), Path(config.output_dir).absolute().parents
     with tempfile.TemporaryDirectory(prefix=".check-", dir=next(path for path in on_its_disk if path.exists())) as directory:
         save_checkpoint(Path(directory), model, AnyTokenizer(shape.vocab_size), optimizer, place, keep=None)
@@ -137,7 +134,7 @@ def _step_save_and_go_on(config: Config, shape: Qwen2Config, plan: Plan, graphs:
     optimizer.load_state_dict({"steps": place.optimizer_steps, **state})
     update(model, optimizer)
     for name, resumed in _state(model, optimizer).items():
-        findings.compare(f"{kind}{name}, resumed against unbroken", _difference(resumed, unbroken[name]), RESUMED[device])
+        yield f"{kind}{name}, resumed against unbroken", _difference(resumed, unbroken[name]), RESUMED[device]
 
 
 def _state(model: Transformer, optimizer: AdamW) -> dict[str, Tensor]:

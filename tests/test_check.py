@@ -19,7 +19,8 @@ from harness import card, check, forecast, run
 from harness import plan as planning
 from harness.config import load_config
 from harness.console import PhaseWatch
-from harness.forecast import carry_over, decoding, work_of_a_step
+from harness.forecast import PROMPT_TOKENS, decoding
+from harness.made_up import random_episodes
 from harness.plan import GIB, find_shape, make_plan
 
 ROOT = Path(__file__).parent.parent
@@ -377,53 +378,105 @@ def test_where_the_disk_is_full_the_check_says_so(bare, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("lengths", "slots", "expected"), [
-    ([3, 1, 2], 2, (3, 6 / 3, (0 + 2 * 1 + 2 * 2) / 6)),  # the third takes the second's slot
-    ([2, 4], 5, (4, 6 / 4, (0 + 2 * 1 + 2 + 3) / 6)),
-    ([5], 1, (5, 1.0, 10 / 5)),
+    ([3, 1, 2], 2, (6 / 3, (0 + 2 * 1 + 2 * 2) / 6)),  # the third takes the second's slot
+    ([2, 4], 5, (6 / 4, (0 + 2 * 1 + 2 + 3) / 6)),
+    ([5], 1, (1.0, 10 / 5)),
 ])  # fmt: skip
 def test_a_rollout_is_counted_as_by_hand(lengths, slots, expected):
-    # Catches, seen: `drawn + 1 < length` -> `drawn < length`; a slot given away only when all are free.
+    # Catches, seen: `end > step` -> `end >= step`; a slot given away only when all are free.
     assert decoding(lengths, slots) == pytest.approx(expected)
 
 
-def test_a_layer_is_the_difference_and_the_head_what_is_left():
-    # Catches, seen: `run_twice / 3` -> `run_twice`; the layers measured counted twice; a layer that takes less than nothing.
-    measured = [{"decode": 5.0, "gradient": 10.0}, {"decode": 7.0, "gradient": 16.0}]  # head 3 and 4, a layer 1 and 3
-    assert carry_over(measured, [2, 4], 36, 9) == pytest.approx({"decode": 3 + 36, "gradient": 4 + 3 * (36 + 9 / 3)})
-    assert carry_over(measured[:1] * 2, [1, 1], 1, 0) == measured[0]
-    assert carry_over(measured[::-1], [2, 4], 36, 0) == measured[0]  # noise: a layer takes no less than nothing
+@pytest.mark.parametrize(("few", "many", "layers", "plan", "expected"), [
+    ({"decode": 5.0, "gradient": 10.0}, {"decode": 7.0, "gradient": 16.0}, [2, 4], (36, 9),
+     {"decode": 3 + 36, "gradient": 4 + 3 * (36 + 9 / 3)}),  # head 3 and 4, a layer 1 and 3
+    ({"decode": 5.0}, {"decode": 5.0}, [1, 1], (1, 0), {"decode": 5.0}),
+    ({"decode": 7.0}, {"decode": 5.0}, [2, 4], (36, 0), {"decode": 5.0}),  # noise: a layer takes no less than nothing
+])  # fmt: skip
+def test_a_layer_is_the_difference_and_the_head_what_is_left(few, many, layers, plan, expected, monkeypatch):
+    # Catches, seen: `/ 3` left out; the layers measured counted twice; a layer that takes less than nothing.
+    measured = {layers[0]: few | {"optimizer": 6.0}, layers[1]: many | {"optimizer": 6.0}}
+    monkeypatch.setattr(forecast, "measure", lambda config, shape, plan, cards: measured[shape.num_hidden_layers])
+    shape = replace(find_shape("Qwen2.5-3B"), num_hidden_layers=plan[0])
+    parts = forecast.seconds_of_a_step(None, shape, layers, SimpleNamespace(checkpoint_layers=plan[1]), cards=2)
+    assert parts == pytest.approx(expected | {"optimizer": 3.0})
 
 
-def test_the_work_is_that_of_the_configured_step():
-    # Catches, seen: tokens of the answers alone; answers of all cards; a mean of max_gen_len instead of half of it.
-    config, shape = load_config(ROOT / "config.yaml"), find_shape("Qwen2.5-3B")
-    plan = replace(make_plan(config, shape), cache_rows=256)
-    work = work_of_a_step(config, shape, plan)
-    lengths = [len(e.response_token_ids) for e in work.episodes]
-    assert len(lengths) == 256
-    assert max(lengths) == 1024 == work.steps
-    assert 430 < sum(lengths) / 256 < 450  # a half less what is cut off
-    assert work.steps * work.slots == pytest.approx(sum(lengths))
-    assert sum(lengths) + 32 * forecast.PROMPT_TOKENS <= work.tokens < 1.1 * (sum(lengths) + 64 * forecast.PROMPT_TOKENS)
-    assert len(work_of_a_step(config, shape, plan, cards=4).episodes) == 64
-    few = work_of_a_step(config, shape, replace(plan, cache_rows=16))
-    assert few.slots < 16
-    assert few.steps * few.slots == pytest.approx(sum(lengths))
+@pytest.fixture
+def token_a_second(monkeypatch):
+    """Where every token takes a second, the seconds of a step are the tokens of all its work. Returns what is measured."""
+    asked = SimpleNamespace()
+
+    def rollout(model, tokenizer, questions, *, num_answers, max_gen_len, watch, **kwargs):
+        asked.prompt, asked.slots, asked.steps = len(questions[0].prompt_token_ids), num_answers, max_gen_len
+        watch.seconds.update(prefill=asked.prompt, decode=asked.slots * asked.steps)
+
+    def update(model, optimizer, episodes, *, watch, **kwargs):
+        asked.row = episodes
+        watch.counts.update(tokens_run=tokens_of(episodes))
+        watch.seconds.update(gradient=tokens_of(episodes), optimizer=7)
+
+    monkeypatch.setattr(forecast, "rollout", rollout)
+    monkeypatch.setattr(forecast, "update_policy", update)
+    return asked
+
+
+def tokens_of(episodes):
+    prompts = {e.question_id: len(e.prompt_token_ids) for e in episodes}
+    return sum(prompts.values()) + sum(len(e.response_token_ids) for e in episodes)
+
+
+def lengths_of_answers(questions, longest):
+    episodes = random_episodes(questions, 8, PROMPT_TOKENS, longest, mean=longest // 2, vocab_size=101)
+    return [len(e.response_token_ids) for e in episodes]
+
+
+def afford(monkeypatch, shape, tokens):
+    monkeypatch.setattr(forecast.cpu, "operations_per_second",
+                        lambda dtype: tokens * 8 * planning.num_weights(shape) / forecast.CPU_SECONDS)
+
+
+@pytest.mark.parametrize(("affordable", "cards"), [(150, 1), (10**9, 1), (10**9, 4)])
+def test_the_work_is_that_of_the_configured_step(affordable, cards, token_a_second, monkeypatch):
+    # Catches, seen: tokens of the answers alone; answers of all cards; the share that is measured taken for the whole.
+    config, shape = load_config(ROOT / "config_tiny.yaml", ["training.max_gen_len=1024"]), find_shape(str(ROOT / "models/tiny"))
+    afford(monkeypatch, shape, affordable)
+    plan = replace(make_plan(config, shape), cache_rows=256 // cards)
+    parts = forecast.measure(config, shape, plan, cards)
+    questions, lengths = 32 // cards, lengths_of_answers(32 // cards, 1024)
+    assert len(lengths) == 256 // cards
+    assert 950 < max(lengths) <= 1024
+    assert 430 < sum(lengths) / len(lengths) < 450  # a half less what is cut off
+    assert parts["prefill"] == pytest.approx(questions * PROMPT_TOKENS)
+    assert parts["decode"] == pytest.approx(sum(lengths))
+    fewest = sum(lengths) + questions * PROMPT_TOKENS
+    assert fewest <= parts["gradient"] < 1.1 * (fewest + questions * PROMPT_TOKENS)
+    assert parts["optimizer"] == 7
+    assert token_a_second.slots * token_a_second.steps <= 2 * affordable
+
+
+@pytest.mark.parametrize("rows", [256, 16])
+def test_decoding_is_measured_in_the_middle_of_a_rollout(rows, token_a_second, monkeypatch):
+    # Catches, seen: as many slots as the cache has; the prompt alone read.
+    config, shape = load_config(ROOT / "config_tiny.yaml"), find_shape(str(ROOT / "models/tiny"))
+    afford(monkeypatch, shape, 10**9)
+    forecast.measure(config, shape, replace(make_plan(config, shape), cache_rows=rows), 1)
+    slots, columns = decoding(lengths_of_answers(32, 448), rows)
+    assert token_a_second.slots == round(slots) <= rows
+    assert token_a_second.prompt + token_a_second.steps / 2 == pytest.approx(PROMPT_TOKENS + columns, abs=1)
+    assert token_a_second.steps == forecast.STEPS
 
 
 @pytest.mark.parametrize("affordable", [200, 10**6])
-def test_the_measured_row_has_as_many_response_tokens_as_the_runs(affordable, monkeypatch):
+def test_the_measured_row_has_as_many_response_tokens_as_the_runs(affordable, token_a_second, monkeypatch):
     # Catches, seen: the prompts as long as they are in a row that is cut short; a row longer than can be afforded.
     config, shape = load_config(ROOT / "config_tiny.yaml"), find_shape(str(ROOT / "models/tiny"))
-    work, measured, update = work_of_a_step(config, shape, make_plan(config, shape)), [], forecast.update_policy
-    monkeypatch.setattr(forecast.cpu, "operations_per_second",
-                        lambda dtype: affordable * 8 * planning.num_weights(shape) / forecast.CPU_SECONDS)  # fmt: skip
-    monkeypatch.setattr(forecast, "update_policy", lambda m, o, chosen, **kw: measured.append(chosen) or update(m, o, chosen, **kw))
-    forecast.measure(config, shape, work)
-    prompt, answers = len(measured[0][0].prompt_token_ids), [len(e.response_token_ids) for e in measured[0]]
-    assert prompt + sum(answers) == pytest.approx(min(affordable, config.training.micro_batch_tokens), abs=1)
-    assert sum(answers) / (prompt + sum(answers)) == pytest.approx(work.responses / work.tokens, abs=0.01)
-    assert len(answers) >= 2
+    afford(monkeypatch, shape, affordable)
+    parts = forecast.measure(config, shape, make_plan(config, shape), 1)
+    responses = sum(len(e.response_token_ids) for e in token_a_second.row)
+    assert tokens_of(token_a_second.row) == pytest.approx(min(affordable, config.training.micro_batch_tokens), rel=0.3)
+    assert responses / tokens_of(token_a_second.row) == pytest.approx(parts["decode"] / parts["gradient"], abs=0.02)
+    assert len(token_a_second.row) >= 2
 
 
 @pytest.mark.slow

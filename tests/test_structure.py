@@ -43,12 +43,12 @@ ALLOWED = {
     "harness.card": {"harness.config", "harness.plan", "gpu"},
     "harness.made_up": {"data_types", "flat", "qwen2_model"},
     "harness.forecast": {
-        "harness.config", "harness.console", "harness.cpu", "harness.made_up", "harness.plan", "data_types", "generate", "grpo",
-        "optimizer", "packing", "qwen2_model",
+        "harness.config", "harness.console", "harness.cpu", "harness.made_up", "harness.plan", "data_types", "grpo", "optimizer",
+        "packing", "qwen2_model",
     },
     "harness.check": {
-        "harness.card", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.forecast",
-        "harness.made_up", "harness.plan", "data_types", "flat", "generate", "gpu", "grpo", "optimizer", "packing", "qwen2_model",
+        "harness.card", "harness.checkpoint", "harness.config", "harness.console", "harness.forecast", "harness.made_up",
+        "harness.plan", "data_types", "flat", "generate", "gpu", "grpo", "optimizer", "packing", "qwen2_model",
     },
     "harness.run": {
         "harness.card", "harness.check", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs",
