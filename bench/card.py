@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import SHAPES, TINY
+from common import SHAPES, named_shape
 
 from harness.config import load_config
 from harness.made_up import random_model
-from harness.plan import GIB, find_shape, make_plan
+from harness.plan import GIB, make_plan
 from warm_start import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -45,15 +45,18 @@ class Report:
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             process = subprocess.Popen(command, shell=isinstance(command, str), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                                        start_new_session=True)  # fmt: skip
-            while process.poll() is None and time.monotonic() - clock < limit and not (kill_at and kill_at.exists()):
+            killed = ""
+            while process.poll() is None and not killed:
                 time.sleep(0.2)
-            ended = process.poll() is not None
-            if not ended:
+                if kill_at and kill_at.exists():
+                    killed = "killed, as planned"
+                elif time.monotonic() - clock > limit:
+                    killed = "killed: it took too long"
+            if killed:
                 os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            outcome = killed or f"exit code {process.returncode}"
+            process.wait()
             output.seek(0)
-            as_planned = not ended and kill_at is not None and kill_at.exists()
-            outcome = f"exit code {code}" if ended else "killed, as planned" if as_planned else "killed: it took too long"
             self.add(title, command, outcome, time.monotonic() - clock, output.read())
 
     def add(self, title: str, command: list[str] | str, outcome: str, seconds: float, output: str) -> None:
@@ -110,7 +113,7 @@ def measure(report: Report, args: argparse.Namespace, scratch: Path) -> None:
     report.run("and resumed", [*broken, "--resume"], minutes=4)
     report.add("resumed against unbroken", "metrics.jsonl of both", *compare(scratch / "whole", scratch / "broken"))
 
-    plan = None if small else make_plan(load_config(ROOT / "config.yaml"), find_shape(f"Qwen2.5-{args.shape}"))
+    plan = None if small else make_plan(load_config(ROOT / "config.yaml"), named_shape(args.shape))
     cache = ["--cache-gib", f"{plan.cache_bytes / GIB:.2f}"] if plan else []
     twice = ["--checkpoint-layers", str(plan.checkpoint_layers), "--micro-batch-tokens", "3072"] if plan else []
     dtype = ["--dtype", "float32" if small else "bfloat16"]
@@ -141,7 +144,7 @@ def make_model(directory: Path, shape: str, device: str) -> None:
     make_tokenizer(directory)
     stop_ids = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids[:1]}))
-    config = replace(TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}"), eos_token_id=stop_ids[0])
+    config = replace(named_shape(shape), eos_token_id=stop_ids[0])
     random_model(config, device=device, dtype=torch.bfloat16).save_pretrained(directory)
 
 

@@ -1,36 +1,33 @@
-"""Random models of the published shapes, random questions, and the two rates that bound everything on a machine."""
+"""The work that benchmarks are told to do, random models of the published shapes, and the two rates that bound everything."""
 
 import argparse
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import cpu, made_up
-from harness.plan import PUBLISHED, find_shape
+from harness import console, cpu, made_up
+from harness.plan import PUBLISHED, find_shape, num_weights
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(
     vocab_size=640, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
-)  # fmt: skip
+)
 SHAPES = ["tiny", *PUBLISHED]
-IMPORTED_BYTES = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+IMPORTED_BYTES = {"cpu": console.peak_bytes("cpu"), "cuda": 0}
 
 
 def work_parser() -> argparse.ArgumentParser:
-    """The work that both benchmarks are told to do."""
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("questions", type=int)
-    parser.add_argument("answers", type=int)
-    parser.add_argument("length", type=int)
+    for name in ("questions", "answers", "length"):
+        parser.add_argument(name, type=int)
     parser.add_argument("--mean", type=int, help="mean of geometric lengths, at most `length`")
     parser.add_argument("--prompt", type=int, default=140)
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
@@ -40,44 +37,51 @@ def work_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def random_model(shape: str, *, layers: int | None, device: str, dtype: torch.dtype) -> Transformer:
-    if device == "cpu":
+def random_model(args: argparse.Namespace) -> Transformer:
+    if args.device == "cpu":
         cpu.prepare_process()
-    config = TINY if shape == "tiny" else find_shape(f"Qwen2.5-{shape}")
-    return made_up.random_model(replace(config, num_hidden_layers=layers or config.num_hidden_layers), device=device, dtype=dtype)
+    shape = named_shape(args.shape)
+    shape = replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers)
+    return made_up.random_model(shape, device=args.device, dtype=getattr(torch, args.dtype))
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def named_shape(size: str) -> Qwen2Config:
+    return TINY if size == "tiny" else find_shape(f"Qwen2.5-{size}")
+
+
+def body_and_head(config: Qwen2Config) -> tuple[int, int]:
+    """Weights that take part in products: of the layers, and of the head."""
+    head = config.vocab_size * config.hidden_size
+    return num_weights(config) - head * (1 if config.tie_word_embeddings else 2), head
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large product on random data."""
     size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _typical_seconds(lambda: a @ b, device)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    rate = 2 * size**3 / _typical_seconds(lambda: a @ b)
+    print(f"{device}: {rate / 1e9:,.0f} GFLOP/s {dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return rate
 
 
 def copy_rate(device: str) -> float:
     """Bytes/s of a large copy, read and written counted."""
     source = torch.randint(0, 100, (2**28 if device == "cuda" else 2**26,), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _typical_seconds(lambda: target.copy_(source), device)
+    rate = 2 * source.nbytes / _typical_seconds(lambda: target.copy_(source))
+    print(f"{device}: {rate / 1e9:.1f} GB/s")
+    return rate
 
 
-def _typical_seconds(work, device: str) -> float:
+def _typical_seconds(work: Callable[[], object]) -> float:
     """Median of nine runs after two to warm up."""
-    times = []
-    for _ in range(11):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+    watch = console.PhaseWatch("a rate of the machine")
+    for i in range(11):
+        with watch.part(f"run {i}", 1):
+            work()
+    return median(list(watch.seconds.values())[2:])
 
 
-def peak_bytes(device: str) -> int:
+def peak_gib(device: str) -> float:
     """Peak memory beyond what Python and PyTorch themselves take."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss - IMPORTED_BYTES
+    return (console.peak_bytes(device) - IMPORTED_BYTES[device]) / 2**30
