@@ -10,6 +10,7 @@ same work, its output stands in the report, too. About 50 GB of disk are needed 
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from harness.plan import GIB, make_plan
 from warm_start import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PYTHON, TRAIN = [sys.executable], [sys.executable, "train.py"]
+PYTHON = shlex.quote(sys.executable)
 SHOWN = 40  # lines of a part's output, its last ones
 
 
@@ -37,14 +38,13 @@ class Report:
     def __init__(self, path: Path, minutes: float):
         self.path, self.deadline, self.rows, self.parts = path, time.monotonic() + 60 * minutes, [], []
 
-    def run(self, title: str, command: list[str] | str, *, minutes: float, kill_at: Path | None = None) -> None:
-        """kill_at: end the command by SIGKILL, as a power cut would, when this path is there."""
+    def run(self, title: str, command: str, *, minutes: float, kill_at: Path | None = None) -> None:
+        """command: of a shell. kill_at: end it by SIGKILL, as a power cut would, when this path is there."""
         clock, limit = time.monotonic(), min(60 * minutes, self.deadline - time.monotonic())
         if limit < 10:
             return self.add(title, command, "not run: the time is up", 0.0, "")
         with tempfile.TemporaryFile("w+", errors="replace") as output:
-            process = subprocess.Popen(command, shell=isinstance(command, str), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                                       start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(command, shell=True, cwd=ROOT, start_new_session=True, stdout=output, stderr=output)
             killed = ""
             while process.poll() is None and not killed:
                 time.sleep(0.2)
@@ -59,11 +59,11 @@ class Report:
             output.seek(0)
             self.add(title, command, outcome, time.monotonic() - clock, output.read())
 
-    def add(self, title: str, command: list[str] | str, outcome: str, seconds: float, output: str) -> None:
+    def add(self, title: str, command: str, outcome: str, seconds: float, output: str) -> None:
         lines = output.strip().splitlines() or [""]
-        shown, last = command if isinstance(command, str) else " ".join(map(str, command)), "\n".join(lines[-SHOWN:])
+        last = "\n".join(lines[-SHOWN:])
         self.rows.append(f"| {title} | {outcome} | {seconds:.0f} s | {lines[-1][:200].replace('|', '/')} |")
-        self.parts.append(f"## {title}\n\n    {shown}\n\n{outcome}, {seconds:.0f} s\n\n```\n{last}\n```\n")
+        self.parts.append(f"## {title}\n\n    {command}\n\n{outcome}, {seconds:.0f} s\n\n```\n{last}\n```\n")
         print(self.rows[-1], flush=True)
         heading = ["# What a card says\n", "| part | outcome | time | its last line |", "| --- | --- | --- | --- |"]
         self.path.write_text("\n".join([*heading, *self.rows, "", *self.parts]))
@@ -92,51 +92,48 @@ def main() -> int:
 
 
 def measure(report: Report, args: argparse.Namespace, scratch: Path) -> None:
-    small, on, model = args.shape == "tiny", [f"model.device={args.device}"], scratch / "model"
-    where = ["--device", args.device]
-    work, configs, few, short = ["32", "8", "1024", "--mean", "437"], ["config.yaml", "config_24GB.yaml"], [], []
+    here, small = shlex.quote(str(scratch)), args.shape == "tiny"
+    train, on, where = f"{PYTHON} train.py", f"model.device={args.device}", f"--device {args.device}"
     if small:
-        work, configs = ["4", "4", "48", "--mean", "24"], ["config_tiny.yaml"]
-        few = ["training.batch_size=16", "training.num_questions_per_batch=4", "training.max_gen_len=48", "data.test_size=8"]
-        short = ["training.max_steps=40", "training.ckpt_save_interval=3"]
-    report.run("a model with random weights", [*PYTHON, "bench/card.py", "--make", model, "--shape", args.shape, *where], minutes=3)
-    for config in configs:
-        report.run(f"the plan of {config}", [*TRAIN, "--plan", "--config", config], minutes=1)
-        report.run(f"the check by {config}", [*TRAIN, "--check", "--config", config, *on, *few], minutes=3)
-    report.run("tests that need a card", [*PYTHON, "-m", "pytest", "-n", "0", "-m", "gpu"], minutes=4)
+        configs, work, cache, twice, held_out = ["config_tiny.yaml"], "4 4 48 --mean 24 --dtype float32", "", "", ""
+        few = "training.batch_size=16 training.num_questions_per_batch=4 training.max_gen_len=48 data.test_size=8"
+        short, saved = "training.max_steps=40 training.ckpt_save_interval=3", 3
+    else:
+        plan = make_plan(load_config(ROOT / "config.yaml"), named_shape(args.shape))
+        configs, work, few, short, saved = ["config.yaml", "config_24GB.yaml"], "32 8 1024 --mean 437", "", "", 20
+        cache, held_out = f"--cache-gib {plan.cache_bytes / GIB:.2f}", "data.test_size=32"
+        twice = f"--checkpoint-layers {plan.checkpoint_layers} --micro-batch-tokens 3072"
 
-    tiny = [*TRAIN, "--config", "config_tiny.yaml", *on, *few, *short]
-    report.run("the tiny run", [*tiny, f"output_dir={scratch}/whole"], minutes=4)
-    broken = [*tiny, f"output_dir={scratch}/broken"]
-    first = scratch / f"broken/checkpoints/step-{3 if small else 20:06d}"
-    report.run("the same, killed", broken, minutes=3, kill_at=first)
-    report.run("and resumed", [*broken, "--resume"], minutes=4)
+    report.run("a model with random weights", f"{PYTHON} bench/card.py --make {here}/model --shape {args.shape} {where}", minutes=3)
+    for config in configs:
+        report.run(f"the plan of {config}", f"{train} --plan --config {config}", minutes=1)
+        report.run(f"the check by {config}", f"{train} --check --config {config} {on} {few}", minutes=3)
+    report.run("tests that need a card", f"{PYTHON} -m pytest -n 0 -m gpu", minutes=4)
+
+    tiny, first = f"{train} --config config_tiny.yaml {on} {few} {short}", scratch / f"broken/checkpoints/step-{saved:06d}"
+    report.run("the tiny run", f"{tiny} output_dir={here}/whole", minutes=4)
+    report.run("the same, killed", f"{tiny} output_dir={here}/broken", minutes=3, kill_at=first)
+    report.run("and resumed", f"{tiny} output_dir={here}/broken --resume", minutes=4)
     report.add("resumed against unbroken", "metrics.jsonl of both", *compare(scratch / "whole", scratch / "broken"))
 
-    plan = None if small else make_plan(load_config(ROOT / "config.yaml"), named_shape(args.shape))
-    cache = ["--cache-gib", f"{plan.cache_bytes / GIB:.2f}"] if plan else []
-    twice = ["--checkpoint-layers", str(plan.checkpoint_layers), "--micro-batch-tokens", "3072"] if plan else []
-    dtype = ["--dtype", "float32" if small else "bfloat16"]
-    report.run("rollout against the floor", [*PYTHON, "bench/rollout.py", args.shape, *work, *where, *dtype, *cache], minutes=4)
-    report.run("update against the matrix peak", [*PYTHON, "bench/update.py", args.shape, *work, *where, *dtype, *twice], minutes=4)
+    report.run("rollout against the floor", f"{PYTHON} bench/rollout.py {args.shape} {work} {where} {cache}", minutes=4)
+    report.run("update against the matrix peak", f"{PYTHON} bench/update.py {args.shape} {work} {where} {twice}", minutes=4)
+    random = f"model.path={here}/model task=tests.letters_task data.path=synthetic {held_out}"
     for config, steps in zip(configs, (10, 3), strict=False):
-        whole = [*TRAIN, "--config", config, *on, *few, f"model.path={model}", "task=tests.letters_task", "data.path=synthetic"]
-        report.run(f"{steps} steps of a random {args.shape} by {config}, peaks against the plan", [
-            *whole, f"output_dir={scratch}/{config}", f"training.max_steps={steps}", "training.eval_interval=1000",
-            *([] if small else ["data.test_size=32"]),
-        ], minutes=10)  # fmt: skip
+        lasting = f"training.max_steps={steps} training.eval_interval=1000 output_dir={here}/{config}"
+        report.run(f"{steps} steps of a random {args.shape} by {config}, peaks against the plan",
+                   f"{train} --config {config} {on} {few} {random} {lasting}", minutes=10)
     if command := os.environ.get("GRPO_ZERO"):
         report.run("the seed system", command, minutes=5)
 
 
-def compare(whole: Path, broken: Path) -> tuple[str, float, str]:
+def compare(*runs: Path) -> tuple[str, float, str]:
     """How many lines of the log of a broken run are those of an unbroken one."""
-    if not all((run / "metrics.jsonl").exists() for run in (whole, broken)):
-        return "a run is missing", 0.0, ""
-    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, broken)]
-    equal = sum(a == b for a, b in zip(*lines, strict=False))
-    outcome = "exit code 0" if len(lines[0]) == len(lines[1]) else "not of one length"
-    return outcome, 0.0, f"{equal} of {len(lines[0])} lines are equal"
+    logs = [run / "metrics.jsonl" for run in runs]
+    whole, broken = (log.read_text().splitlines() if log.exists() else [] for log in logs)
+    equal = sum(a == b for a, b in zip(whole, broken, strict=False))
+    outcome = "exit code 0" if 0 < len(whole) == len(broken) else "not of one length"
+    return outcome, 0.0, f"{equal} of {len(whole)} lines are equal"
 
 
 def make_model(directory: Path, shape: str, device: str) -> None:

@@ -48,7 +48,7 @@ def measure(config: Config, shape: Qwen2Config, plan: Plan, cards: int) -> dict[
     A smaller step is taken: as many slots decode as on average in the whole one, behind a prompt as long as what they read there,
     and a row of the update is run. Its seconds, by its tokens, are those of the whole.
     """
-    training, device, dtype = config.training, config.model.device, getattr(torch, config.model.dtype)
+    training = config.training
     questions, answers = -(-training.num_questions_per_batch // cards), training.batch_size // training.num_questions_per_batch
 
     def episodes(questions: int, prompt_len: int, longest: int) -> list[Episode]:
@@ -58,8 +58,9 @@ def measure(config: Config, shape: Qwen2Config, plan: Plan, cards: int) -> dict[
     lengths = [len(episode.response_token_ids) for episode in whole]
     rows = [len(row.tokens_S) for row in pack_rows(whole, [1.0] * len(whole), training.micro_batch_tokens)]
     affordable = 10**9  # tokens of an update; of decoding four times as many take as long
-    if device == "cpu":
-        affordable = int(CPU_SECONDS * cpu.operations_per_second(dtype) / (8 * num_weights(shape)))
+    if config.model.device == "cpu":
+        speed = cpu.operations_per_second(getattr(torch, config.model.dtype))
+        affordable = int(CPU_SECONDS * speed / (8 * num_weights(shape)))
     some = max(1, questions // len(rows))  # questions, whose answers make about a row
     share = min(1.0, affordable / sum(rows) * questions / some)  # of prompts and answers alike: only these go through the head
     prompt_len = round(share * (sum(rows) - sum(lengths)) / questions)
@@ -68,24 +69,27 @@ def measure(config: Config, shape: Qwen2Config, plan: Plan, cards: int) -> dict[
     slots = max(1, min(round(slots), affordable))
     steps = max(1, min(STEPS, training.max_gen_len, 2 * affordable // slots))
     prompt_len = min(PROMPT_TOKENS + round(columns) - steps // 2, shape.max_position_embeddings - steps)
-    prompt = random_questions(1, prompt_len, shape.vocab_size)
+    watch = take_a_step(config, shape, row, prompt_len=prompt_len, slots=slots, steps=steps)
+    return {
+        "prefill": watch.seconds["prefill"] / prompt_len * questions * PROMPT_TOKENS,
+        "decode": watch.seconds["decode"] / (slots * steps) * sum(lengths),
+        "gradient": watch.seconds["gradient"] / watch.counts["tokens_run"] * sum(rows),
+        "optimizer": watch.seconds["optimizer"],
+    }
 
-    model = random_model(shape, device=device, dtype=dtype)
+
+def take_a_step(config: Config, shape: Qwen2Config, row: list[Episode], *, prompt_len: int, slots: int, steps: int) -> PhaseWatch:
+    """Decode and, from other episodes, learn: twice, where the first time warms up. Returns what was seen the second time."""
+    model = random_model(shape, device=config.model.device, dtype=getattr(torch, config.model.dtype))
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=config.optimizer.offload)
-    for _ in range(2):  # the first warms up
+    for _ in range(2):
         watch = PhaseWatch("check")
         with cpu.packed_for_decoding(model, slots):
-            rollout(model, AnyTokenizer(shape.vocab_size), prompt, num_answers=slots, max_gen_len=steps, temperature=1.0,
-                    reward_function=random_reward(), generator=torch.Generator(), watch=watch)
+            rollout(model, AnyTokenizer(shape.vocab_size), random_questions(1, prompt_len, shape.vocab_size), num_answers=slots,
+                    max_gen_len=steps, temperature=1.0, reward_function=random_reward(), generator=torch.Generator(), watch=watch)
         update_policy(model, optimizer, row, max_grad_norm=1.0, skip_unfinished=False, watch=watch,
-                      micro_batch_tokens=training.micro_batch_tokens)
-    seconds = watch.seconds
-    return {
-        "prefill": seconds["prefill"] / prompt_len * questions * PROMPT_TOKENS,
-        "decode": seconds["decode"] / (slots * steps) * sum(lengths),
-        "gradient": seconds["gradient"] / watch.counts["tokens_run"] * sum(rows),
-        "optimizer": seconds["optimizer"],
-    }
+                      micro_batch_tokens=config.training.micro_batch_tokens)
+    return watch
 
 
 def decoding(lengths: list[int], slots: int) -> tuple[float, float]:

@@ -407,17 +407,12 @@ def token_a_second(monkeypatch):
     """Where every token takes a second, the seconds of a step are the tokens of all its work. Returns what is measured."""
     asked = SimpleNamespace()
 
-    def rollout(model, tokenizer, questions, *, num_answers, max_gen_len, watch, **kwargs):
-        asked.prompt, asked.slots, asked.steps = len(questions[0].prompt_token_ids), num_answers, max_gen_len
-        watch.seconds.update(prefill=asked.prompt, decode=asked.slots * asked.steps)
+    def take_a_step(config, shape, row, *, prompt_len, slots, steps):
+        asked.row, asked.prompt_len, asked.slots, asked.steps = row, prompt_len, slots, steps
+        seconds = {"prefill": prompt_len, "decode": slots * steps, "gradient": tokens_of(row), "optimizer": 7}
+        return SimpleNamespace(seconds=seconds, counts={"tokens_run": tokens_of(row)})
 
-    def update(model, optimizer, episodes, *, watch, **kwargs):
-        asked.row = episodes
-        watch.counts.update(tokens_run=tokens_of(episodes))
-        watch.seconds.update(gradient=tokens_of(episodes), optimizer=7)
-
-    monkeypatch.setattr(forecast, "rollout", rollout)
-    monkeypatch.setattr(forecast, "update_policy", update)
+    monkeypatch.setattr(forecast, "take_a_step", take_a_step)
     return asked
 
 
@@ -463,7 +458,7 @@ def test_decoding_is_measured_in_the_middle_of_a_rollout(rows, token_a_second, m
     forecast.measure(config, shape, replace(make_plan(config, shape), cache_rows=rows), 1)
     slots, columns = decoding(lengths_of_answers(32, 448), rows)
     assert token_a_second.slots == round(slots) <= rows
-    assert token_a_second.prompt + token_a_second.steps / 2 == pytest.approx(PROMPT_TOKENS + columns, abs=1)
+    assert token_a_second.prompt_len + token_a_second.steps / 2 == pytest.approx(PROMPT_TOKENS + columns, abs=1)
     assert token_a_second.steps == forecast.STEPS
 
 
