@@ -122,7 +122,7 @@ def as_yaml(config: Config) -> str:
 WANTED = {  # by pydantic's name of the fault
     "greater_than_equal": "must be at least {ge}", "less_than_equal": "must be at most {le}", "greater_than": "must be above {gt}",
     "less_than": "must be below {lt}", "string_type": "is a {}; wanted a str", "bool_type": "is a {}; wanted a bool",
-    "int_type": "is a {}; wanted a int", "float_type": "is a {}; wanted a float",
+    "int_type": "is a {}; wanted an int", "float_type": "is a {}; wanted a float",
     "model_type": "must be a section of key: value lines",
 }  # fmt: skip
 

@@ -486,9 +486,9 @@ def test_extends_must_name_a_file(tmp_path, base):
         ("training=5", r"^training=5 must be a section"),
         ("task.name=x", r"^task=\{'name': 'x'\} is a dict"),
         ("model.path=", r"^model\.path=None is a NoneType; wanted a str"),
-        ("training.max_steps=1e3", r"^training\.max_steps=1000\.0 is a float; wanted a int; write 1000$"),
-        ("training.seed=010", r"^training\.seed='010' is a str; wanted a int$"),  # not 8
-        ("training.seed=1:30", r"^training\.seed='1:30' is a str; wanted a int$"),  # not 90
+        ("training.max_steps=1e3", r"^training\.max_steps=1000\.0 is a float; wanted an int; write 1000$"),
+        ("training.seed=010", r"^training\.seed='010' is a str; wanted an int$"),  # not 8
+        ("training.seed=1:30", r"^training\.seed='1:30' is a str; wanted an int$"),  # not 90
         ("training.temperature=010", r"^training\.temperature='010' is a str; wanted a float$"),
         ("training.seed=!!int 010", r"is not YAML: anchors, aliases and tags are not read \(line 1\)$"),
         ("data={<<: {path: x}}", r"^unknown config key data\.<<; config\.yaml"),
