@@ -4,14 +4,12 @@ Everything here was written by somebody else, so everything is bounded and check
 """
 
 import json
-import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,24 +19,20 @@ MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
 MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
 
 Size = Annotated[int, Field(gt=0, le=10**6)]
-Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes
+Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes; an id
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 
 
-class Rope(BaseModel):
+class Rope(BaseModel, strict=True, extra="forbid"):
     """Rotary positions as they are: any other key would scale them."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     rope_type: Literal["default"] = "default"
     type: Literal["default"] = "default"  # an older name of rope_type
     rope_theta: Positive | None = None
 
 
-class PublishedConfig(BaseModel):
+class PublishedConfig(BaseModel, strict=True):
     """What a dense Qwen2.5's config.json may say, in the spelling of transformers 4 or 5; other keys do not matter."""
-
-    model_config = ConfigDict(strict=True)
 
     model_type: Literal["qwen2"]
     architectures: list[Literal["Qwen2ForCausalLM"]] | None = None
@@ -54,38 +48,31 @@ class PublishedConfig(BaseModel):
     intermediate_size: Size
     num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
     num_attention_heads: Annotated[int, Field(gt=0, le=1024)]
-    num_key_value_heads: Annotated[int, Field(gt=0, le=1024)]
+    num_key_value_heads: Size = Field(validation_alias=AliasChoices("num_key_value_heads", "num_attention_heads"))
     max_position_embeddings: Annotated[int, Field(gt=0, le=10**9)]
     rms_norm_eps: Positive
-    rope_theta: Positive
+    rope_theta: Positive = Field(validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta")))
     tie_word_embeddings: bool = False
-    bos_token_id: Size | Literal[0] | None = None
-    eos_token_id: Size | Literal[0] | list[Size | Literal[0]] | None = None
+    bos_token_id: Count | None = None
+    eos_token_id: Count | list[Count] | None = None
 
 
 def read_config(path: Path) -> PublishedConfig:
     """Raises FileNotFoundError, or ValueError naming the setting that is damaged or not implemented."""
-    raw = read_json(path)
-    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    rope = raw.get("rope_parameters")
-    if isinstance(rope, dict):
-        raw.setdefault("rope_theta", rope.get("rope_theta"))
+    raw = {name: value for name, value in read_json(path).items() if value is not None}
     try:
-        config = PublishedConfig.model_validate({key: value for key, value in raw.items() if value is not None})
+        config = PublishedConfig.model_validate(raw)
     except ValidationError as error:
-        missing = [str(fault["loc"][0]) for fault in error.errors() if fault["type"] == "missing"]
-        wrong = [fault for fault in error.errors() if fault["type"] != "missing"]
-        if not wrong:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; {REMEDY}") from None
-        name, reason = wrong[0]["loc"][0], wrong[0]["msg"]
-        reason = reason[0].lower() + reason[1:]
-        raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {reason}; use a dense Qwen2.5 model, or {REMEDY}") from None
-    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    if config.hidden_size % (2 * heads) or heads % config.num_key_value_heads:
-        raise ValueError(f"{path}: hidden_size={config.hidden_size}, num_attention_heads={heads} and num_key_value_heads="
-                         f"{config.num_key_value_heads} do not divide into heads of an even size; {REMEDY}")
-    if config.head_dim not in (None, head_dim):
-        raise ValueError(f"{path}: head_dim={config.head_dim} is not supported, only {head_dim}; use a dense Qwen2.5 model")
+        faults = error.errors()
+        wrong = next((fault for fault in faults if fault["type"] != "missing"), None)
+        if wrong is None:
+            raise ValueError(f"{path} lacks {', '.join(fault['loc'][0] for fault in faults)}; {REMEDY}") from None
+        name = wrong["loc"][0]
+        raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {wrong['msg']}; use a dense Qwen2.5 model, or {REMEDY}") from None
+    size, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if size % (2 * heads) or heads % key_heads or config.head_dim not in (None, size // heads):
+        raise ValueError(f"{path}: hidden_size={size}, num_attention_heads={heads}, num_key_value_heads={key_heads}, head_dim="
+                         f"{config.head_dim} do not divide into heads of one even size; use a dense Qwen2.5 model, or {REMEDY}")
     return config
 
 
@@ -104,25 +91,22 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
 
 
 def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Path]:
-    """The file that holds each of a checkpoint's tensors: the headers read, and no memory asked for yet.
+    """The file that holds each of a checkpoint's tensors; they themselves are not read yet.
 
     tied: a copy of the embedding under lm_head.weight, which some tied checkpoints hold, is passed over.
     Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
     """
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    files, found = {}, {}
     for file in _weight_files(directory):
-        with _opened(file) as f:
-            found |= {name: (file, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118  no dict
-    if tied:
-        found.pop("lm_head.weight", None)
-    if wrong := [f"missing {n}" for n in shapes.keys() - found] + [f"unexpected {n}" for n in found.keys() - shapes]:
-        raise ValueError(f"{directory}: the weights do not match config.json: {'; '.join(sorted(wrong)[:8])}"
-                         f"{' …' if len(wrong) > 8 else ''}; {REMEDY}")
-    for name, (file, shape) in found.items():
-        if shape != shapes[name]:
-            raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {shapes[name]}; "
-                             "weights and config belong to different models")
-    return {name: file for name, (file, _) in found.items()}
+        for name, tensor in read_tensors(file):
+            if name != "lm_head.weight" or not tied:
+                files[name], found[name] = file, tuple(tensor.shape)
+    wrong = [f"missing {name}" for name in shapes.keys() - found] + [f"unexpected {name}" for name in found.keys() - shapes]
+    both = [(name, found[name], shapes[name]) for name in shapes.keys() & found]
+    wrong += [f"{name} has shape {shape}, config.json implies {wanted}" for name, shape, wanted in both if shape != wanted]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not match config.json: {'; '.join(sorted(wrong)[:5])}; {REMEDY}")
+    return files
 
 
 def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
@@ -145,20 +129,19 @@ def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
     """Write model.safetensors, or shards of at most MAX_SHARD_BYTES and their index."""
     for stale in directory.glob("model*.safetensors*"):  # an old index would win over a new single file
         stale.unlink()
-    shards, room = [{}], MAX_SHARD_BYTES
+    shards = [{}]
     for name, tensor in weights.items():
-        if tensor.nbytes > room and shards[-1]:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
-            room = MAX_SHARD_BYTES
         shards[-1][name] = tensor
-        room -= tensor.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    if len(shards) == 1:
+        files = {"model.safetensors": weights}
+    else:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
-                 "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard}}
+                 "weight_map": {name: file for file, shard in files.items() for name in shard}}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(names, shards, strict=True):
+    for file, shard in files.items():
         write_tensors(directory / file, shard)
 
 
@@ -171,33 +154,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file by name, one at a time. Raises ValueError if it is damaged."""
-    with _opened(path) as f:
-        for name in f.keys():  # noqa: SIM118  no dict
-            yield name, f.get_tensor(name)
+    """The tensors of a safetensors file, mapped: read from disk when looked at. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118  no dict
+                yield name, f.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values()):
-            raise ValueError(f"{index} is not a safetensors index; {REMEDY}")
-        names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name} does not exist; {REMEDY} (only safetensors weights are read)")
-    return [directory / name for name in names]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as f:
-            yield f
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values()):
+        raise ValueError(f"{index} is not a safetensors index; {REMEDY}")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} does not exist; {REMEDY} (only safetensors weights are read)")
+    return files
 
 
 # ---------------------------------------------------------------- text and JSON
@@ -206,11 +180,10 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of a regular file of at most `limit` bytes. Raises FileNotFoundError or ValueError, naming it and the remedy."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}; {remedy}")
+        if not path.is_file():
             raise ValueError(f"{path} is a directory, a pipe or a device, not a file; {remedy}")
-        if status.st_size > limit:
-            raise ValueError(f"{path} has {status.st_size:,} bytes, more than {limit:,}; {remedy}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
@@ -251,11 +224,11 @@ def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> list[tuple[
 
     Raises FileNotFoundError or ValueError, naming the file, the row and the remedy; ValueError if there are no rows.
     """
-    if path.suffix != ".jsonl":
-        rows = _read_parquet(path, columns, remedy)
-    else:
+    if path.suffix == ".jsonl":
         lines = enumerate(read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n"), 1)
         rows = [(f"{path}, line {i}", parse_json(line, f"{path}, line {i},", remedy=remedy)) for i, line in lines if line.strip()]
+    else:
+        rows = _read_parquet(path, columns, remedy)
     for place, row in rows:
         if missing := [column for column in columns if column not in row]:
             raise ValueError(f"{place}: {' and '.join(missing)} missing; {remedy}")
