@@ -19,8 +19,8 @@ import argparse
 import json
 import random
 import re
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from tokenizer import Tokenizer
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KEY_HEADS = 128, 3, 4, 2
 STEPS, TRACES_PER_STEP, TRACES_PER_QUESTION = 3000, 64, 2
-LEARNING_RATE_MATRICES = 0.02  # Muon
+LEARNING_RATE_MATRICES, MOMENTUM = 0.02, 0.95  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW: embedding, norms, biases
 MICRO_BATCH_TOKENS = 2048
 MAX_FIRST, MAX_SECOND = 100, 50  # steps whose value is larger are not written: every number stays one token
@@ -69,24 +69,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
-    aside = Path(f"{out}.partial")
     try:
         if out.exists():
             raise ValueError(f"--out {out} exists; remove it first, or name another")
         if arguments.steps < 1:
             raise ValueError(f"--steps {arguments.steps}: wanted at least 1")
         cpu.prepare_process()
-        shutil.rmtree(aside, ignore_errors=True)
-        make_base_model(aside, steps=arguments.steps, seed=arguments.seed)
-        aside.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
+            make_base_model(Path(aside, "model"), steps=arguments.steps, seed=arguments.seed)
+            Path(aside, "model").rename(out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted: {out} was not made", file=sys.stderr)
         return 130
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out}")
     return 0
 
@@ -96,14 +94,13 @@ def make_base_model(directory: Path, *, steps: int, seed: int) -> None:
     problems, _ = countdown_task.load_problems(load_config("config_tiny.yaml").data)
     make_tokenizer(directory)
     tokenizer = Tokenizer.from_pretrained(directory)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = new_model(tokenizer, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
+    torch.manual_seed(seed)
+    model = new_model(tokenizer, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
     train_supervised(model, tokenizer, example_groups(problems, tokenizer, random.Random(seed)), steps=steps)
     model.save_pretrained(directory)
     problem = {"numbers": [3, 5, 7], "target": 22}
-    prompt_token_ids = tokenizer.encode(countdown_task.render_prompt(problem, tokenizer))
-    made_for = {"task": "countdown_task", "problem": problem, "prompt_token_ids": prompt_token_ids}
+    prompt = countdown_task.render_prompt(problem, tokenizer)
+    made_for = {"task": "countdown_task", "problem": problem, "prompt_token_ids": tokenizer.encode(prompt)}
     (directory / "made_for.json").write_text(json.dumps(made_for) + "\n")
 
 
@@ -128,10 +125,10 @@ def make_trace(pairs: list[list], target: int, rng: random.Random) -> str:
         for first, seconds in pair:
             text += f"\n {first}"
             for answer, second, value in seconds:
-                text += f"; {second}, want {target}: {'yes' if value == target else 'no'}"
-                gives_up = value != target and rng.random() < give_up
-                if value == target or gives_up:
-                    return f"{text}{', I give up' if gives_up else ''}</think>\n<answer>{answer}</answer>"
+                hit = value == target
+                text += f"; {second}, want {target}: {'yes' if hit else 'no'}"
+                if hit or rng.random() < give_up:
+                    return f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
     raise AssertionError("no attempt hits")
 
 
@@ -139,31 +136,29 @@ def all_attempts(numbers: list[int]) -> list[list[tuple[str, list[tuple[str, str
     """The ways to combine three numbers in whole steps: of each pair, its first steps, each with the
     (expression, second step, value) that follow from it. What an earlier pair has given is not tried again.
     """
+    a, b, c = numbers
     pairs, known = [], set()
-    for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+    for left, right, third in ((a, b, c), (a, c, b), (b, c, a)):
         pair = []
-        for inner, inner_value in _results(str(numbers[i]), numbers[i], str(numbers[j]), numbers[j], largest=MAX_FIRST):
-            if (first := f"{inner} = {inner_value}") not in known:
-                known.add(first)
-                pair.append((first, [
-                    (outer.replace("?", f"({inner})"), f"{outer.replace('?', str(inner_value))} = {value}", value)
-                    for outer, value in _results("?", inner_value, str(numbers[k]), numbers[k], largest=MAX_SECOND)
-                ]))  # fmt: skip
+        for form, between in _results(left, right, largest=MAX_FIRST):
+            inner = form.format(left, right)
+            seconds = [(outer.format(f"({inner})", third), f"{outer.format(between, third)} = {value}", value)
+                       for outer, value in _results(between, third, largest=MAX_SECOND)]
+            if inner not in known:
+                pair.append((f"{inner} = {between}", seconds))
+            known.add(inner)
         pairs.append(pair)
     return pairs
 
 
-def _results(a: str, a_value: int, b: str, b_value: int, *, largest: int) -> Iterator[tuple[str, int]]:
-    """The ways to combine two numbers whose result is a whole number of 0..largest, as (text, value)."""
-    if b_value > a_value:
-        large, small, difference = b, a, b_value - a_value
-    else:
-        large, small, difference = a, b, a_value - b_value
-    candidates = [(f"{a} + {b}", a_value + b_value), (f"{large} - {small}", difference), (f"{a} * {b}", a_value * b_value)]
-    low, high = sorted((a_value, b_value))
+def _results(a: int, b: int, *, largest: int) -> list[tuple[str, int]]:
+    """The ways to combine two numbers whose result is a whole number of 0..largest: forms like "{0} + {1}", and the results."""
+    low, high = sorted((a, b))
+    difference, quotient = ("{0} - {1}", "{0} / {1}") if a >= b else ("{1} - {0}", "{1} / {0}")
+    results = [("{0} + {1}", a + b), (difference, high - low), ("{0} * {1}", a * b)]
     if low and high % low == 0:
-        candidates.append((f"{large} / {small}", high // low))
-    return ((text, value) for text, value in candidates if value <= largest)
+        results.append((quotient, high // low))
+    return [(form, value) for form, value in results if value <= largest]
 
 
 # ---------------------------------------------------------------- the tokenizer and the model
@@ -175,23 +170,20 @@ def make_tokenizer(directory: Path) -> None:
     Added tokens are cut out before anything else happens to a text. So the tokenizer stays the same in transformers, which
     gives every tokenizer beside a Qwen2 model Qwen's own normalizer and pre-tokenizer.
     """
-    template = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in (
-        ("system", countdown_task.SYSTEM_MESSAGE), ("user", countdown_task.USER_TEMPLATE)
-    )) + f"<|im_start|>assistant\n{countdown_task.RESPONSE_PREFIX}"  # fmt: skip
-    sentences = re.split(r"<\|im_start\|>|<\|im_end\|>\n|{numbers}|{target}", template)
-    sentences = [sentences[1], sentences[3] + "[", "]" + sentences[4], *sentences[5:]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = FastTokenizer(BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    before, between, after = re.split("{numbers}|{target}", countdown_task.USER_TEMPLATE)
+    sentences = [f"system\n{countdown_task.SYSTEM_MESSAGE}", f"user\n{before}[", f"]{between}", after,
+                 f"assistant\n{countdown_task.RESPONSE_PREFIX}"]
+    vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    fast = FastTokenizer(BPE(vocab=vocab, merges=[]))
     fast.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
-    texts = [*(s for s in sentences if s), *PHRASES, *map(str, range(MAX_FIRST + 1))]
-    fast.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    fast.add_tokens([AddedToken(text, normalized=False) for text in (*sentences, *PHRASES, *map(str, range(MAX_FIRST + 1)))])
     directory.mkdir(parents=True)
     fast.save(str(directory / "tokenizer.json"))
-    (directory / "vocab.json").write_text(json.dumps(fast.get_vocab(with_added_tokens=False)))
+    (directory / "vocab.json").write_text(json.dumps(vocab))
     (directory / "merges.txt").write_text("#version: 0.2\n")
     added = {str(i): {"content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
                       "special": token.special} for i, token in fast.get_added_tokens_decoder().items()}  # fmt: skip
@@ -231,7 +223,7 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    muon = Muon(matrices)
+    averages = [torch.zeros_like(matrix) for matrix in matrices]
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE_OTHERS, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="warm start", unit="step", leave=False, disable=None):
         episodes = []
@@ -248,30 +240,25 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
             part.backward()
             loss += part.item()
         left = 1 - step / steps
-        muon.step(lr=LEARNING_RATE_MATRICES * left)
+        muon_step(matrices, averages, lr=LEARNING_RATE_MATRICES * left)
         adamw.param_groups[0]["lr"] = LEARNING_RATE_OTHERS * left
         adamw.step()
         if step % 100 == 99:
             tqdm.write(f"step {step + 1} of {steps}: loss {loss:.4f}")
 
 
-class Muon:
+@torch.no_grad()
+def muon_step(matrices: list[nn.Parameter], averages: list[Tensor], *, lr: float) -> None:
     """Momentum whose steps are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as torch.optim.Muon.
 
-    In float32: torch iterates in bf16, which a CPU without instructions for it computes seventy times slower.
+    averages: of the gradients, 0 before the first step. In float32: torch iterates in bf16, which a CPU without instructions
+    for it computes seventy times slower.
     """
-
-    def __init__(self, matrices: list[nn.Parameter], momentum: float = 0.95):
-        self.matrices, self.momentum = matrices, momentum
-        self.averages = [torch.zeros_like(matrix) for matrix in matrices]
-
-    @torch.no_grad()
-    def step(self, *, lr: float) -> None:
-        for matrix, average in zip(self.matrices, self.averages, strict=True):
-            average.lerp_(matrix.grad, 1 - self.momentum)
-            ahead = matrix.grad.lerp(average, self.momentum)  # Nesterov's
-            scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            matrix.add_(orthogonalise(ahead), alpha=-lr * scale)
+    for matrix, average in zip(matrices, averages, strict=True):
+        average.lerp_(matrix.grad, 1 - MOMENTUM)
+        ahead = matrix.grad.lerp(average, MOMENTUM)  # Nesterov's
+        scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        matrix.add_(orthogonalise(ahead), alpha=-lr * scale)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

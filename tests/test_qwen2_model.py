@@ -221,7 +221,7 @@ def test_what_we_save_loads_in_transformers_and_here(tied, shard_bytes, tmp_path
 
 
 def test_shards_are_as_large_as_allowed_and_all_in_the_index(tmp_path, monkeypatch):
-    # Catches: `tensor.nbytes > room` -> `>= 0`, a file for each tensor; total_size counted in elements.
+    # Catches: `> MAX_SHARD_BYTES` -> `>= 0`, a file for each tensor; total_size counted in elements.
     monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", 30_000)
     model = random_model()
     model.save_pretrained(tmp_path)
@@ -257,7 +257,7 @@ def test_dtype_is_kept_in_the_saved_files_and_config(tmp_path):
 
 
 def test_a_tied_checkpoint_may_store_its_embedding_twice(tmp_path):
-    # Catches: `found.pop("lm_head.weight", None)` dropped.
+    # Catches: `name != "lm_head.weight"` dropped.
     model = random_model(tied=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -351,7 +351,7 @@ NEW_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "
     ids=["transformers 4", "transformers 5", "unscaled", "head_dim"],
 )
 def test_both_spellings_of_the_config_are_read(changes, tmp_path):
-    # Catches: `raw.setdefault("rope_theta", ...)` dropped.
+    # Catches: `AliasPath("rope_parameters", "rope_theta")` dropped.
     assert read(tmp_path, published(**changes)) == CONFIG
 
 

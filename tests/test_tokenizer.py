@@ -363,12 +363,10 @@ REACHING_TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", REACHING_TEMPLATES.values(), ids=REACHING_TEMPLATES)
-def test_a_template_learns_nothing_from_outside(tmp_path, template):
+def test_a_template_that_looks_outside_is_refused(tmp_path, template):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    try:
-        assert tokenizer.render_chat(MESSAGES) == ""
-    except ValueError as error:
-        assert "chat template fails" in str(error)  # noqa: PT017  either will do here
+    with pytest.raises(ValueError, match="chat template fails"):
+        tokenizer.render_chat(MESSAGES)
 
 
 def test_a_template_is_told_by_its_own_error(tmp_path):
@@ -454,10 +452,3 @@ def test_a_tokenizer_can_be_saved_where_it_was_read(tmp_path):
 def test_a_negative_id_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"stop ids"):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, generation={"eos_token_id": [END, -1]}))
-
-
-@pytest.mark.parametrize("template", REACHING_TEMPLATES.values(), ids=REACHING_TEMPLATES)
-def test_a_template_that_looks_outside_is_refused(tmp_path, template):
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    with pytest.raises(ValueError, match="chat template fails"):
-        tokenizer.render_chat(MESSAGES)
