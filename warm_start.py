@@ -25,9 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import BPE
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -174,7 +173,7 @@ def make_tokenizer(directory: Path) -> None:
     sentences = [f"system\n{countdown_task.SYSTEM_MESSAGE}", f"user\n{before}[", f"]{between}", after,
                  f"assistant\n{countdown_task.RESPONSE_PREFIX}"]
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    fast = FastTokenizer(BPE(vocab=vocab, merges=[]))
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
     fast.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -190,8 +189,8 @@ def make_tokenizer(directory: Path) -> None:
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                 "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "added_tokens_decoder": added}  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    stop_ids = [fast.token_to_id("<|im_end|>"), fast.token_to_id("<|endoftext|>")]
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}) + "\n")
+    stops = {"eos_token_id": [fast.token_to_id("<|im_end|>"), fast.token_to_id("<|endoftext|>")]}
+    (directory / "generation_config.json").write_text(json.dumps(stops) + "\n")
 
 
 def new_model(tokenizer: Tokenizer, *, hidden_size: int, num_layers: int) -> Transformer:
