@@ -27,7 +27,7 @@ from harness import cpu
 from harness.card import why_no_card
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
-from harness.console import PhaseWatch, printable, say, say_last
+from harness.console import PhaseWatch, printable, say, with_exit_code
 from harness.logs import SampleLine, read_log
 from harness.metrics import UNCOUNTED, compare_models, model_summary
 from harness.tasks import guard_reward, load_problems, load_task, make_question
@@ -38,8 +38,8 @@ GREEDY = 1e-6  # a temperature at which the likeliest token has all of the proba
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+@with_exit_code
+def main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Score models on held-out questions; a run stands for its newest checkpoint.")
     parser.add_argument("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; changes to the config")
     parser.add_argument("--config", help="YAML file with the task and its questions (default: that of the run, or config.yaml)")
@@ -53,37 +53,30 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
     paths = [a for a in arguments.models if a not in overrides]
-    try:
-        alone = arguments.ask is not None or arguments.show
-        if alone and (arguments.json or arguments.samples != 1):
-            raise ValueError("--samples and --json belong to the held-out questions; leave them out with --ask or --show")
-        if not 0 <= arguments.temperature < math.inf:
-            raise ValueError(f"--temperature {arguments.temperature}: wanted 0 or more")
-        if not 1 <= len(paths) <= (1 if alone else 2):
-            wanted = "one for --ask or --show" if alone else "one, or two to compare"
-            raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
-        if arguments.show:
-            show_samples(Path(paths[0]), step=arguments.step, kind=arguments.kind)
-            return 0
-        directories, own_configs = zip(*map(locate_model, paths), strict=True)
-        config = load_config(arguments.config or next(filter(None, own_configs), "config.yaml"), overrides)
-        if config.model.device == "cpu":
-            cpu.prepare_process()
-        elif reason := why_no_card():
-            raise ValueError(f"{reason}; or add model.device=cpu (for the model of the tiny run: --config config_tiny.yaml)")
-        task, training = load_task(config.task), config.training
-        reward = guard_reward(task.reward_function, timeout=training.reward_timeout, errors=training.reward_errors)
-        if arguments.ask is not None:
-            ask(config, task, reward, directories[0], text=arguments.ask, temperature=arguments.temperature)
-        else:
-            score(config, task, reward, directories, samples=arguments.samples, temperature=arguments.temperature,
-                  json_path=arguments.json)
-    except (ValueError, OSError) as error:
-        say_last(f"error: {error}", failed=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    alone = arguments.ask is not None or arguments.show
+    if alone and (arguments.json or arguments.samples != 1):
+        raise ValueError("--samples and --json belong to the held-out questions; leave them out with --ask or --show")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature {arguments.temperature}: wanted 0 or more")
+    if not 1 <= len(paths) <= (1 if alone else 2):
+        wanted = "one for --ask or --show" if alone else "one, or two to compare"
+        raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
+    if arguments.show:
+        show_samples(Path(paths[0]), step=arguments.step, kind=arguments.kind)
+        return None
+    directories, own_configs = zip(*map(locate_model, paths), strict=True)
+    config = load_config(arguments.config or next(filter(None, own_configs), "config.yaml"), overrides)
+    if config.model.device == "cpu":
+        cpu.prepare_process()
+    elif reason := why_no_card():
+        raise ValueError(f"{reason}; or add model.device=cpu (for the model of the tiny run: --config config_tiny.yaml)")
+    task, training = load_task(config.task), config.training
+    reward = guard_reward(task.reward_function, timeout=training.reward_timeout, errors=training.reward_errors)
+    if arguments.ask is not None:
+        ask(config, task, reward, directories[0], text=arguments.ask, temperature=arguments.temperature)
+    else:
+        score(config, task, reward, directories, samples=arguments.samples, temperature=arguments.temperature,
+              json_path=arguments.json)
 
 
 def locate_model(path: str) -> tuple[Path, Path | None]:

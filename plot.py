@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from harness.console import say_last
+from harness.console import with_exit_code
 from harness.logs import MetricsLine, read_log
 
 WIDTH, HEIGHT, DOTS_PER_INCH = 9.0, 6.0, 200  # inches; shown 900 pixels wide, sharp on dense screens too
@@ -26,24 +26,19 @@ STYLE = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for what the user can mend."""
+@with_exit_code
+def main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Draw reward, held-out success, answer length and entropy of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories with a metrics.jsonl")
     parser.add_argument("--out", metavar="FILE", help=".png or .svg (default: curves.png in the first run)")
     arguments = parser.parse_args(argv)
     out = Path(arguments.out or Path(arguments.runs[0]) / "curves.png")
-    try:
-        if out.suffix not in (".png", ".svg"):
-            raise ValueError(f"--out {out}: wanted a name that ends in .png or .svg")
-        figure = draw({run: read_metrics(Path(run)) for run in arguments.runs})
-        with rc_context(STYLE):
-            figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None})
-    except (ValueError, OSError) as error:
-        say_last(f"error: {error}", failed=True)
-        return 2
+    if out.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out {out}: wanted a name that ends in .png or .svg")
+    figure = draw({run: read_metrics(Path(run)) for run in arguments.runs})
+    with rc_context(STYLE):
+        figure.savefig(out, dpi=DOTS_PER_INCH, metadata={"Date": None})
     print(out)
-    return 0
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -36,6 +36,7 @@ from flat import allocate, zero_gradient
 from grpo import row_loss
 from harness import cpu
 from harness.config import load_config
+from harness.console import with_exit_code
 from packing import pack_rows
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
@@ -60,32 +61,24 @@ PHRASES = (" + ", " - ", " * ", " / ", " = ", "; ", ", ", ", want ", ": no", ": 
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+@with_exit_code
+def main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Make the small base model of config_tiny.yaml from nothing.")
     parser.add_argument("--out", default="models/tiny", metavar="DIRECTORY", help="must not exist yet (default: models/tiny)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"supervised steps (default: {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
-    try:
-        if out.exists():
-            raise ValueError(f"--out {out} exists; remove it first, or name another")
-        if arguments.steps < 1:
-            raise ValueError(f"--steps {arguments.steps}: wanted at least 1")
-        cpu.prepare_process()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
-            make_base_model(Path(aside, "model"), steps=arguments.steps, seed=arguments.seed)
-            Path(aside, "model").rename(out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {out} was not made", file=sys.stderr)
-        return 130
+    if out.exists():
+        raise ValueError(f"--out {out} exists; remove it first, or name another")
+    if arguments.steps < 1:
+        raise ValueError(f"--steps {arguments.steps}: wanted at least 1")
+    cpu.prepare_process()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
+        make_base_model(Path(aside, "model"), steps=arguments.steps, seed=arguments.seed)
+        Path(aside, "model").rename(out)
     print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out}")
-    return 0
 
 
 def make_base_model(directory: Path, *, steps: int, seed: int) -> None:

@@ -1,5 +1,6 @@
 """What a person sees while the program works: one bar for the part at hand, a line a step, and times for the logs."""
 
+import functools
 import os
 import shutil
 import sys
@@ -86,6 +87,24 @@ def say_last(text: str, *, failed: bool) -> None:
             print(printable(line), end="\n" if line else "", file=stream, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def with_exit_code(command: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """What a command returns to the shell: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def main(argv: list[str] | None = None) -> int:
+        try:
+            command(argv)
+        except (ValueError, OSError) as error:
+            say_last(f"error: {error}", failed=True)
+            return 2
+        except KeyboardInterrupt:
+            say_last("interrupted", failed=True)
+            return 130
+        return 0
+
+    return main
 
 
 def heading() -> str:

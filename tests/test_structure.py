@@ -62,7 +62,8 @@ ALLOWED = {
         "harness.tasks", "data_types", "generate", "grpo", "qwen2_model", "tokenizer",
     },
     "warm_start": {
-        "harness.config", "harness.cpu", "countdown_task", "data_types", "flat", "grpo", "packing", "qwen2_model", "tokenizer",
+        "harness.config", "harness.console", "harness.cpu",
+        "countdown_task", "data_types", "flat", "grpo", "packing", "qwen2_model", "tokenizer",
     },
     "plot": {"harness.console", "harness.logs"},
 }  # fmt: skip
