@@ -4,7 +4,6 @@ Weights, gradients and optimizer state are given by the model. The KV cache of t
 update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from gpu import CHECK_INTERVAL, GRAPHS_KEPT, IN_TRANSIT, free_bytes
 from grpo import LOGIT_CHUNK_BYTES
-from harness.config import Config, load_config
+from harness.config import Config
 from harness.cpu import packs_for_decoding
 from optimizer import PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config
@@ -26,7 +25,6 @@ GRAPH_BYTES = 2**16  # of the driver for a kernel of a graph, "up until CUDA 12.
 CHUNK_BUFFERS = 1.5  # of the loss: a chunk's logits, in whose place all else is done, and their gradient in the weights' dtype
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 TRANSIT = 2**23  # elements that several processes share at once
-USABLE_GIB = {24: 22.5, 48: 42.5, 80: 78.0, 141: 139.0}  # of a card that is sold as so many GB
 
 # hidden, intermediate, layers, heads, key heads (in Qwen2Config's order), tied: to plan before a model is downloaded
 PUBLISHED = {
@@ -115,29 +113,6 @@ def make_plan(config: Config, shape: Qwen2Config, *, cards: int = 1, held_out: i
         raise ValueError(f"the run does not fit into {budget / GIB:.2f} GiB ({setting}):\n{plan.table()}\n"
                          + _remedy(config, shape, plan))
     return plan
-
-
-def largest_that_fit(path: str = "config.yaml") -> str:
-    """A table of the largest Qwen2.5 that trains by a config on so many cards of such a size, in the least micro-batches."""
-    least = [f"training.micro_batch_tokens={load_config(path).training.max_gen_len + PROMPT_TOKENS}"]
-    lines = ["| cards | optimizer state | " + " | ".join(f"{gb} GB each" for gb in USABLE_GIB) + " |"]
-    lines.append("| ---: | --- |" + " ---: |" * len(USABLE_GIB))
-    for cards in (1, 2, 4, 8):
-        for offload in (False, True):
-            fitting = (list(published_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB)
-            cells = (sizes[-1] if sizes else "none" for sizes in fitting)
-            lines.append(f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def published_plans(path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1) -> dict[str, Plan]:
-    """Of each Qwen2.5 that trains on cards of so many GB, in ascending order."""
-    config = load_config(path, [f"model.memory_gib={USABLE_GIB[gb]}", f"optimizer.offload={str(offload).lower()}", *overrides])
-    plans = {}
-    for size in PUBLISHED:
-        with contextlib.suppress(ValueError):
-            plans[size] = make_plan(config, find_shape(f"Qwen2.5-{size}"), cards=cards)
-    return plans
 
 
 def _free_budget(device: str, cards: int) -> float:

@@ -18,9 +18,10 @@ from flat import flat_gradient, flat_weights
 from generate import Sampling, generate
 from grpo import update_policy
 from harness.checkpoint import read_checkpoint
-from harness.plan import largest_that_fit, make_plan
+from harness.plan import make_plan
 from optimizer import AdamW
 from tests.helpers import episode, random_model, random_tokens
+from tests.tables import largest_that_fit
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")

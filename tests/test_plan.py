@@ -12,16 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from harness.config import load_config
 from harness.cpu import packs_for_decoding
-from harness.plan import (
-    PUBLISHED,
-    USABLE_GIB,
-    activation_bytes_per_token,
-    find_shape,
-    make_plan,
-    num_weights,
-    published_plans,
-)
+from harness.plan import PUBLISHED, activation_bytes_per_token, find_shape, make_plan, num_weights
 from qwen2_model import Qwen2Config, Transformer, attend_causally
+from tests.tables import what_fits_on_one_card
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -83,17 +76,6 @@ def test_a_plan_stays_within_its_budget_and_uses_it():
         assert plan.evaluation_cache_bytes <= plan.cache_bytes
     assert plans[0].cache_rows < plans[1].cache_rows <= plans[2].cache_rows == 256
     assert plans[0].checkpoint_layers > plans[1].checkpoint_layers >= plans[2].checkpoint_layers == 0
-
-
-def what_fits_on_one_card() -> str:
-    """README's table of where the optimizer's state of each Qwen2.5 stands, of rows decoded at once and of layers run twice."""
-    sizes = list(PUBLISHED)[:5]
-    lines = ["| card | " + " | ".join(sizes) + " |", "| ---: |" + " --- |" * len(sizes)]
-    for gb in USABLE_GIB:
-        plans = {size: f"{where}: {plan.cache_rows} rows, {plan.checkpoint_layers} layers" for offload, where in
-                 ((True, "CPU"), (False, "card")) for size, plan in published_plans("config.yaml", gb, offload).items()}
-        lines.append(f"| {gb} GB | " + " | ".join(plans.get(size, "no") for size in sizes) + " |")
-    return "\n".join(lines)
 
 
 def test_the_table_of_what_one_card_trains_is_what_the_plan_says():
