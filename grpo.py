@@ -145,6 +145,7 @@ class ChunkedLoss(torch.autograd.Function):
         chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
         for chunk, hidden_CE, grad_hidden_CE in chunks:
             targets_C1 = chunk.targets_P[:, None]
+            logprobs_CV = grad_CV = None  # what is large dies just before its successor is made, and nothing small takes its place
             logprobs_CV = log_probs(model.logits(hidden_CE), temperature, vocab_size)
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
@@ -156,8 +157,6 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_CV = logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1).to(head_VE.dtype)
                 torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
                 head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
-                del grad_CV
-            del logprobs_CV  # what is large dies before its successor is made
         logprobs_P = torch.cat(logprobs)
         ctx.mark_non_differentiable(logprobs_P)
         return torch.stack(losses).sum(), logprobs_P
