@@ -220,7 +220,7 @@ def update_policy(
     grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
     is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
     if not is_finite or grad_norm == 0:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if is_finite:  # as where token_loss clips every answer
             return _no_step(num_tokens, "the gradient is 0")
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in learned})
@@ -228,7 +228,7 @@ def update_policy(
         own_gradient.mul_(max_grad_norm / grad_norm)
     with watch.part("optimizer", 1):
         changed = optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our AdamW says how many changed
     difference_P = torch.cat([difference_P for _, _, difference_P in results])
     return UpdateStats(

@@ -74,12 +74,9 @@ class AdamW:
         stored, exact = (changed / sum(p.numel() for p in self.params)).tolist()
         return stored, exact
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         for p in self.params:
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
+            p.grad = None
 
     def state_dict(self) -> dict:
         """Of the own part of the weights."""

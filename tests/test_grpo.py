@@ -35,7 +35,7 @@ class Recorder:
     def step(self):
         self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters()}
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         self.model.zero_grad()
 
 

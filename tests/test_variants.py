@@ -138,7 +138,7 @@ class Descent:
         for p in self.model.parameters():
             p -= STEP * p.grad
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         self.model.zero_grad()
 
 
