@@ -71,8 +71,7 @@ class AdamW:
             changed += self._update(own_weights[place], own_gradient[place], *state)
         self.processes.all_gather(weights, self.parts)
         changed = torch.tensor(self.processes.share([changed.tolist()])).sum(dim=0)
-        stored, exact = (changed / sum(p.numel() for p in self.params)).tolist()
-        return stored, exact
+        return tuple((changed / sum(p.numel() for p in self.params)).tolist())
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -101,15 +100,14 @@ class AdamW:
         scale = (exp_avg_sq.sqrt() / (1 - beta2**self.steps) ** 0.5).add_(self.eps)
         master = weight if low is None else join_bits(weight, low)
         updated = (master * (1 - self.lr * self.weight_decay)).addcdiv_(exp_avg, scale, value=-self.lr / (1 - beta1**self.steps))
-        changed = torch.count_nonzero(updated != master)
-        if low is None:
-            weight.copy_(updated)
-            return torch.stack((changed, changed))
-        high, new_low = split_bits(updated)
-        changed_stored = torch.count_nonzero(high != weight)
-        weight.copy_(high)
-        low.copy_(new_low)
-        return torch.stack((changed_stored, changed))
+        stored = exact = torch.count_nonzero(updated != master)
+        if low is not None:
+            updated, new_low = split_bits(updated)
+            stored = torch.count_nonzero(updated != weight)
+            low.copy_(new_low)
+        weight.copy_(updated)
+        return torch.stack((stored, exact))
+
 
 def join_bits(weight: Tensor, low: Tensor) -> Tensor:
     """The float32 master of a bf16 weight and its 16 low bits."""
