@@ -27,7 +27,7 @@ USER_TEMPLATE = (
 )
 RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAG = re.compile("(</?(?:think|answer)>)")
 STOP_TOKEN = re.compile(r"<\|(im_end|endoftext)\|>\Z")  # tolerated once at the end of a response
 MAX_EXPRESSION_CHARS = 1000
 EXPRESSION = re.compile(r"(?:(?<![0-9])(?:0|[1-9][0-9]{0,19})(?![0-9])|[-+*/() \t\n\r\f\v])*")  # no number with a leading zero
@@ -64,12 +64,8 @@ def reward_function(response: str, numbers: Sequence[int], target: int) -> Rewar
 
 def _is_well_formed(response: str) -> bool:
     """Whether "<think>" + response is <think>A</think> <answer>C</answer>, with no further tag in A or C."""
-    thinking, _, rest = response.partition("</think>")
-    rest = rest.strip()
-    if not (rest.startswith("<answer>") and rest.endswith("</answer>")):
-        return False
-    answer = rest.removeprefix("<answer>").removesuffix("</answer>")
-    return not any(tag in thinking or tag in answer for tag in TAGS)
+    parts = TAG.split(response, 3)  # A, </think>, white space, <answer>, C, </answer>, white space
+    return parts[1::2] == ["</think>", "<answer>", "</answer>"] and not (parts[2] + parts[6]).strip()
 
 
 def _last_answer(response: str) -> str | None:

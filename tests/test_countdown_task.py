@@ -84,7 +84,7 @@ FORMAT = {  # response, which continues "<think>" -> format reward
 }
 
 
-# Catches: any of the four tags left out of TAGS; `not (a and b)` turned into `not (a or b)`; `.strip()` left out of
+# Catches: any of the four tags left out of TAG; parts[2] or parts[6] left out, or their `.strip()`, in
 # _is_well_formed; `break` left out of the loop over stop tokens.
 @pytest.mark.parametrize(("response", "wanted"), FORMAT.values(), ids=FORMAT)
 def test_format_reward(response, wanted):
