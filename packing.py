@@ -83,23 +83,21 @@ def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_toke
 
 
 def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
-    tokens, positions, runs, sources, targets, advantages, logprobs = [], [], [], [], [], [], []
-    group = None
+    tokens, runs, targets, advantages, logprobs, group = [], [], [], [], [], None
     for episode, advantage in answers:
         prompt, response = episode.prompt_token_ids, episode.response_token_ids
         if episode.question_id != group:
             group, prompt_start = episode.question_id, len(tokens)
             runs.append(Run(prompt_start, len(prompt), prompt_start, 0))
             tokens += prompt
-            positions += range(len(prompt))
-        start = len(tokens)
-        runs.append(Run(start, len(response), prompt_start, len(prompt)))
+        runs.append(Run(len(tokens), len(response), prompt_start, len(prompt)))
         tokens += response
-        positions += range(len(prompt), len(prompt) + len(response))
-        sources += [prompt_start + len(prompt) - 1, *range(start, start + len(response) - 1)]
         targets += response
         advantages += [advantage] * len(response)
         logprobs += episode.response_logprobs
+    positions = [run.prompt_length + i for run in runs for i in range(run.length)]
+    sources = [s for run in runs if run.prompt_length
+               for s in (run.prompt_start + run.prompt_length - 1, *range(run.start, run.start + run.length - 1))]  # fmt: skip
     return Row(torch.tensor(tokens), torch.tensor(positions), runs, torch.tensor(sources), torch.tensor(targets),
                torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32),
                sorted({episode.question_id for episode, _ in answers}))

@@ -35,8 +35,8 @@ groups = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)),
 @settings(deadline=None)
 @given(groups, st.integers(1, 80), st.randoms())
 def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random):
-    # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1` (right for the first answer only); a last row that is
-    # not yielded; answer positions that go on where the previous answer ended.
+    # Catches: `run.prompt_start + run.prompt_length - 1` -> `run.start - 1` (right for the first answer only); a last row that is
+    # not yielded; answer positions that begin at 0 (`run.prompt_length + i` -> `i`).
     episodes, advantages = make_batch(groups)
     shuffled = random.sample(range(len(episodes)), len(episodes))
     rows = list(pack_rows([episodes[i] for i in shuffled], [advantages[i] for i in shuffled], micro_batch_tokens))
