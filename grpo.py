@@ -190,17 +190,17 @@ def update_policy(
     """
     processes = watch.processes
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
-    advantages = episode_advantages(episodes)
-    kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
-    learned = [i for i in kept if advantages[i] != 0]
-    num_tokens = sum(len(episodes[i].response_token_ids) for i in kept)
+    answers = zip(episodes, episode_advantages(episodes), strict=True)
+    kept = [(e, advantage) for e, advantage in answers if e.is_finished or not skip_unfinished]
+    learned = [(e, advantage) for e, advantage in kept if advantage != 0]
+    num_tokens = sum(len(e.response_token_ids) for e, _ in kept)
     if broken := {e.question_id for e in episodes if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs)))}:
         return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
     if not learned:
         return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
 
     gradient = zero_gradient(model.parameters())  # one flat tensor, of which every parameter's .grad is a view
-    rows = list(pack_rows([episodes[i] for i in learned], [advantages[i] for i in learned], micro_batch_tokens, processes.size))
+    rows = list(pack_rows(learned, micro_batch_tokens, processes.size))
     own_rows = range(processes.rank, len(rows), processes.size)  # rows are about equally long
     results = []  # of each own row: its number, its loss, how far the trainer's log-probabilities are from the sampler's
     with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
@@ -223,7 +223,7 @@ def update_policy(
         optimizer.zero_grad()
         if is_finite:  # as where token_loss clips every answer
             return _no_step(num_tokens, "the gradient is 0")
-        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {episodes[i].question_id for i in learned})
+        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {e.question_id for e, _ in learned})
     if grad_norm > max_grad_norm:
         own_gradient.mul_(max_grad_norm / grad_norm)
     with watch.part("optimizer", 1):

@@ -10,7 +10,7 @@ Dimension key: S tokens of a row, P scored response tokens, G runs (prompts and 
                L tokens of the longest prompt, C >= L + Q keys, H query heads, K key heads, R = H / K, D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -55,28 +55,27 @@ class Row:
             yield replace(self, **dict(zip(names, tensors, strict=True)))
 
 
-def pack_rows(episodes: list[Episode], advantages: list[float], micro_batch_tokens: int, multiple: int = 1) -> Iterator[Row]:
+def pack_rows(answers: Iterable[tuple[Episode, float]], micro_batch_tokens: int, multiple: int = 1) -> Iterator[Row]:
     """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.
 
-    A row holds at least one answer, however long. Rows are made about equally long: few large ones, none nearly empty, and,
-    where answers are short enough, about a multiple of `multiple`, so that so many processes have as many each.
+    A row holds at least one answer, with its advantage, however long. Rows are made about equally long: few large ones, none nearly
+    empty, and, where answers are short enough, about a multiple of `multiple`, so that so many processes have as many each.
     """
-    order = sorted(range(len(episodes)), key=lambda i: episodes[i].question_id)
-    prompts = {e.question_id: len(e.prompt_token_ids) for e in episodes}
-    total = sum(prompts.values()) + sum(len(e.response_token_ids) for e in episodes)
+    answers = sorted(answers, key=lambda answer: answer[0].question_id)
+    prompts = {e.question_id: len(e.prompt_token_ids) for e, _ in answers}
+    total = sum(prompts.values()) + sum(len(e.response_token_ids) for e, _ in answers)
     # Where processes wait for each other, shares are even only if the prompts are reckoned with that begin a row once more.
     again, count = max(prompts.values(), default=0) if multiple > 1 else 0, multiple
-    while total + (count - 1) * again > count * micro_batch_tokens and count < len(episodes):
+    while total + (count - 1) * again > count * micro_batch_tokens and count < len(answers):
         count += multiple
     limit = (total + (count - 1) * again) / count
     row, size, group = [], 0, None
-    for i in order:
-        e = episodes[i]
+    for e, advantage in answers:
         added = len(e.response_token_ids) + (e.question_id != group) * len(e.prompt_token_ids)
         if row and (size + added > micro_batch_tokens or size >= limit):
             yield _lay_out(row)
             row, size, added = [], 0, len(e.response_token_ids) + len(e.prompt_token_ids)
-        row.append((e, advantages[i]))
+        row.append((e, advantage))
         size, group = size + added, e.question_id
     if row:
         yield _lay_out(row)

@@ -227,7 +227,7 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
                 episodes.append(Episode(question_id, prompt_ids, ids, [0.0] * len(ids), True, response, Reward(1.0, {})))
         num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
         zero_gradient(model.parameters())
-        for row in pack_rows(episodes, [1.0] * len(episodes), MICRO_BATCH_TOKENS):
+        for row in pack_rows([(e, 1.0) for e in episodes], MICRO_BATCH_TOKENS):
             part, _ = row_loss(model, row, num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
             part.backward()
             loss += part.item()

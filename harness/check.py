@@ -92,7 +92,7 @@ def _compare_with_cpu(config: Config, shape: Qwen2Config) -> Iterator[Comparison
     reference = random_model(piece, device="cpu", dtype=WIDER[dtype])
     flat_weights(reference.parameters()).copy_(flat_weights(model.parameters()))
     episodes, results = _sample(config, model), []
-    (row,) = pack_rows(episodes, episode_advantages(episodes), 10**9)
+    (row,) = pack_rows(zip(episodes, episode_advantages(episodes), strict=True), 10**9)
     for m in (model, reference):
         gradient, own_row = zero_gradient(m.parameters()), row.to(m.head_weight_VE.device)
         loss, logprobs_P = row_loss(m, own_row, 1, temperature=config.training.temperature, vocab_size=piece.vocab_size)

@@ -56,7 +56,7 @@ def measure(config: Config, shape: Qwen2Config, plan: Plan, cards: int) -> dict[
 
     whole = episodes(questions, PROMPT_TOKENS, training.max_gen_len)
     lengths = [len(episode.response_token_ids) for episode in whole]
-    rows = [len(row.tokens_S) for row in pack_rows(whole, [1.0] * len(whole), training.micro_batch_tokens)]
+    rows = [len(row.tokens_S) for row in pack_rows([(e, 1.0) for e in whole], training.micro_batch_tokens)]
     affordable = 10**9  # tokens of an update; of decoding four times as many take as long
     if config.model.device == "cpu":
         speed = cpu.operations_per_second(getattr(torch, config.model.dtype))

@@ -457,7 +457,7 @@ def test_an_update_needs_what_is_planned(config, memory, meta_card):
     answers = math.ceil((tokens - PROMPT_TOKENS) / config.training.max_gen_len)
     length = (tokens - PROMPT_TOKENS) // answers
     episodes = [episode(0, [1] * PROMPT_TOKENS, [1] * length, 0.0) for _ in range(answers)]
-    (row,) = pack_rows(episodes, [1.0] * answers, tokens)
+    (row,) = pack_rows([(e, 1.0) for e in episodes], tokens)
     with meta_card:
         allocate(model, device="meta", dtype=torch.bfloat16)
         gradient = zero_gradient(model.parameters())

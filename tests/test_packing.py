@@ -10,13 +10,14 @@ from helpers import episode, random_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_types import Episode
 from packing import attend_within, pack_rows
 
 H, K, D = 10, 2, 6
 
 
-def make_batch(groups: list[tuple[int, list[int]]]) -> tuple[list, list[float]]:
-    """groups: (tokens of the prompt, tokens of each answer). Every token of the batch is another number."""
+def make_batch(groups: list[tuple[int, list[int]]]) -> list[tuple[Episode, float]]:
+    """Answers, with advantages; no two tokens are equal. groups: (tokens of the prompt, tokens of each answer)."""
     counter, episodes = iter(range(10**6)), []
     for question_id, (prompt_length, lengths) in enumerate(groups):
         prompt = [next(counter) for _ in range(prompt_length)]
@@ -24,7 +25,7 @@ def make_batch(groups: list[tuple[int, list[int]]]) -> tuple[list, list[float]]:
             response = [next(counter) for _ in range(length)]
             e = episode(question_id, prompt, response, 0.0)
             episodes.append(replace(e, response_logprobs=[-t / 7 for t in response]))
-    return episodes, [1.0 + i for i in range(len(episodes))]
+    return [(e, 1.0 + i) for i, e in enumerate(episodes)]
 
 
 GROUPS = [(7, [3, 5, 1]), (1, [11, 2]), (13, [4])]
@@ -37,10 +38,9 @@ groups = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)),
 def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random):
     # Catches: `run.prompt_start + run.prompt_length - 1` -> `run.start - 1` (right for the first answer only); a last row that is
     # not yielded; answer positions that begin at 0 (`run.prompt_length + i` -> `i`).
-    episodes, advantages = make_batch(groups)
-    shuffled = random.sample(range(len(episodes)), len(episodes))
-    rows = list(pack_rows([episodes[i] for i in shuffled], [advantages[i] for i in shuffled], micro_batch_tokens))
-    by_token = {t: (e, n, a) for e, a in zip(episodes, advantages, strict=True) for n, t in enumerate(e.response_token_ids)}
+    answers = make_batch(groups)
+    rows = list(pack_rows(random.sample(answers, len(answers)), micro_batch_tokens))
+    by_token = {t: (e, n, a) for e, a in answers for n, t in enumerate(e.response_token_ids)}
     scored = Counter()
     for row in rows:
         tokens, positions = row.tokens_S.tolist(), row.positions_S.tolist()
@@ -61,15 +61,14 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
             start = tokens.index(e.prompt_token_ids[0])
             assert tokens[start : start + len(e.prompt_token_ids)] == e.prompt_token_ids
             assert positions[start : start + len(e.prompt_token_ids)] == list(range(len(e.prompt_token_ids)))
-        answers = sum(r.prompt_length > 0 for r in row.runs)
-        assert len(tokens) <= micro_batch_tokens or answers == 1
+        assert len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.runs) == 1
     assert scored == Counter(by_token.keys())
 
 
 def test_one_row_is_laid_out_as_the_picture_shows():
     # Catches: `Run(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
-    episodes, advantages = make_batch([(3, [2, 4]), (2, [1])])
-    (row,) = pack_rows(episodes, advantages, 100)
+    answers = make_batch([(3, [2, 4]), (2, [1])])
+    (row,) = pack_rows(answers, 100)
     assert row.tokens_S.tolist() == list(range(12))
     assert row.positions_S.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2]
     assert row.sources_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
@@ -81,8 +80,8 @@ def test_one_row_is_laid_out_as_the_picture_shows():
 
 def test_rows_are_about_equally_long():
     # Catches: `size >= limit` dropped: rows of 100, 100 and 22 tokens instead of three of 74.
-    episodes, advantages = make_batch([(1, [1] * 219)])
-    sizes = [len(row.tokens_S) for row in pack_rows(episodes, advantages, 100)]
+    answers = make_batch([(1, [1] * 219)])
+    sizes = [len(row.tokens_S) for row in pack_rows(answers, 100)]
     assert len(sizes) == 3
     assert max(sizes) - min(sizes) <= 5
 
@@ -126,9 +125,9 @@ def assert_same_attention(attend, row, episodes):
 def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens):
     # Catches: `torch.arange(L) < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
     # `repeat_interleave`; every answer given the row's first prompt.
-    episodes, advantages = make_batch(groups)
-    for row in pack_rows(episodes, advantages, micro_batch_tokens):
-        assert_same_attention(attend_within(row.runs, len(row.tokens_S), torch.device("cpu")), row, episodes)
+    answers = make_batch(groups)
+    for row in pack_rows(answers, micro_batch_tokens):
+        assert_same_attention(attend_within(row.runs, len(row.tokens_S), torch.device("cpu")), row, [e for e, _ in answers])
 
 
 @torch.no_grad()
@@ -141,7 +140,7 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
         episode(q, prompts[q], random_tokens(n, seed=50 + n).tolist(), 0.0) for q, n in [(0, 3), (1, 7), (0, 13), (2, 2), (1, 1)]
     ]
     got = {}
-    for row in pack_rows(episodes, [float(i) for i in range(5)], micro_batch_tokens):
+    for row in pack_rows([(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens):
         attend = attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))
         logits_SV = model.logits(model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0])
         for i in range(5):
@@ -156,8 +155,8 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
 @pytest.mark.gpu
 def test_attention_on_cuda_equals_the_cpus():
     # Would catch: a mask or an index that still lies on the CPU.
-    episodes, advantages = make_batch([(131, [40, 90]), (5, [7])])
-    (row,) = pack_rows(episodes, advantages, 999)
+    answers = make_batch([(131, [40, 90]), (5, [7])])
+    (row,) = pack_rows(answers, 999)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K))
     wanted = attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, q, k, v)
@@ -167,8 +166,8 @@ def test_attention_on_cuda_equals_the_cpus():
 
 def test_keys_come_in_multiples_that_kernels_read_without_copying():
     # Catches: `-(L + Q) % KEY_MULTIPLE` -> 0.
-    episodes, advantages = make_batch(GROUPS)
-    (row,) = pack_rows(episodes, advantages, 999)
+    answers = make_batch(GROUPS)
+    (row,) = pack_rows(answers, 999)
     keys = []
     with patch("packing.F.scaled_dot_product_attention", lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q):
         attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, *random_qkv(len(row.tokens_S)))
@@ -180,7 +179,7 @@ def test_keys_come_in_multiples_that_kernels_read_without_copying():
 def test_rows_of_several_processes_are_even_shares(processes):
     # Catches: `again` left out (of two processes one got 4 rows and the other 3: 18 % more work).
     episodes = [episode(q, [1] * 140, [2] * 32, 0.0) for q in range(8) for _ in range(16)]
-    sizes = [len(row.tokens_S) for row in pack_rows(episodes, [1.0] * len(episodes), 1024, processes)]
+    sizes = [len(row.tokens_S) for row in pack_rows([(e, 1.0) for e in episodes], 1024, processes)]
     assert max(sizes) <= 1024
     shares = [sum(sizes[rank::processes]) for rank in range(processes)]  # as update_policy divides them
     assert max(shares) < 1.08 * sum(shares) / processes
