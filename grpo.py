@@ -92,15 +92,11 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
 
 def episode_advantages(episodes: list[Episode]) -> list[float]:
     """The advantage of each episode within its group, unfinished ones included. Episodes may come in any order and number."""
-    groups: dict[int, list[int]] = {}
-    for i, episode in enumerate(episodes):
-        groups.setdefault(episode.question_id, []).append(i)
-    advantages = [0.0] * len(episodes)
-    for members in groups.values():
-        rewards_1M = torch.tensor([[episodes[i].reward.total for i in members]])
-        for i, advantage in zip(members, group_advantages(rewards_1M)[0].tolist(), strict=True):
-            advantages[i] = advantage
-    return advantages
+    rewards: dict[int, list[float]] = {}
+    for e in episodes:
+        rewards.setdefault(e.question_id, []).append(e.reward.total)
+    advantages = {group: iter(group_advantages(torch.tensor([rewards_M]))[0].tolist()) for group, rewards_M in rewards.items()}
+    return [next(advantages[e.question_id]) for e in episodes]  # each group's in the order in which its rewards were collected
 
 
 # ---------------------------------------------------------------- the loss
