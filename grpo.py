@@ -118,7 +118,7 @@ def row_loss(
 
     π is the softmax of the first vocab_size logits / temperature, as in the sampler.
     """
-    attend = attend_within(row.runs, len(row.tokens_S), row.tokens_S.device)
+    attend = attend_within(row, model.config, model.head_weight_VE.dtype)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
     return ChunkedLoss.apply(hidden_1SE[0, row.sources_P], model, row, num_tokens, temperature, vocab_size)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_types import Episode
-from qwen2_model import Attend
+from qwen2_model import Attend, Qwen2Config
 
 KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
 
@@ -102,32 +102,29 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
                sorted({episode.question_id for episode, _ in answers}))
 
 
-def attend_within(runs: list[Run], num_tokens: int, device: torch.device) -> Attend:
+def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     """The attention of a row: its runs side by side, each with its prompt's keys before its own.
 
-    Runs of like length form a batch, so that a long one does not stretch them all. As in the KV cache, the query heads
-    that share a key head are folded into the query length.
+    config, dtype: the model's. Runs of like length form a batch, so that a long one does not stretch them all. As in the KV cache,
+    the query heads that share a key head are folded into the query length.
     """
+    device, R = row.tokens_S.device, config.num_attention_heads // config.num_key_value_heads
     batches: dict[int, list[Run]] = {}
-    for run in runs:
+    for run in row.runs:
         batches.setdefault(run.length.bit_length(), []).append(run)
-    layouts, back_S, offset = [], torch.empty(num_tokens, dtype=torch.long), 0
+    layouts, back_S, offset = [], torch.empty(len(row.tokens_S), dtype=torch.long), 0
     for batch in batches.values():
         own_GQ, keys_GC, visible_GQC, real_GQ = _lay_side_by_side(batch)
-        layouts.append((own_GQ.to(device), keys_GC.to(device), visible_GQC.to(device)))
+        bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device).masked_fill_(~visible_GQC.to(device), -torch.inf)
+        layouts.append((own_GQ.to(device), keys_GC.to(device), bias_GQC.repeat(1, R, 1)[:, None]))
         back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
         offset += own_GQ.numel()
     back_S = back_S.to(device)
-    biases: list[Tensor] = []  # 0, or -inf where a query must not look; made by the first layer for all
 
     def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
         (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
-        if not biases:
-            for _, _, visible_GQC in layouts:
-                bias_GQC = torch.zeros(visible_GQC.shape, dtype=q_1HSD.dtype, device=device).masked_fill_(~visible_GQC, -torch.inf)
-                biases.append(bias_GQC.repeat(1, H // K, 1)[:, None])
         outputs = []
-        for (own_GQ, keys_GC, _), bias_G1XC in zip(layouts, biases, strict=True):  # X = R * Q
+        for own_GQ, keys_GC, bias_G1XC in layouts:  # X = R * Q
             G, Q = own_GQ.shape
             q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
             k_GKCD, v_GKCD = (x[0][:, keys_GC].transpose(0, 1) for x in (k_1KSD, v_1KSD))

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import episode, random_model, random_tokens
+from helpers import CONFIG, episode, random_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from data_types import Episode
 from packing import attend_within, pack_rows
 
 H, K, D = 10, 2, 6
+SHAPE = replace(CONFIG, num_attention_heads=H, num_key_value_heads=K)
 
 
 def make_batch(groups: list[tuple[int, list[int]]]) -> list[tuple[Episode, float]]:
@@ -127,7 +128,7 @@ def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens
     # `repeat_interleave`; every answer given the row's first prompt.
     answers = make_batch(groups)
     for row in pack_rows(answers, micro_batch_tokens):
-        assert_same_attention(attend_within(row.runs, len(row.tokens_S), torch.device("cpu")), row, [e for e, _ in answers])
+        assert_same_attention(attend_within(row, SHAPE, torch.float64), row, [e for e, _ in answers])
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
     ]
     got = {}
     for row in pack_rows([(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens):
-        attend = attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))
+        attend = attend_within(row, model.config, torch.float32)
         logits_SV = model.logits(model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0])
         for i in range(5):
             mine_P = row.advantages_P == i
@@ -159,8 +160,8 @@ def test_attention_on_cuda_equals_the_cpus():
     (row,) = pack_rows(answers, 999)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K))
-    wanted = attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, q, k, v)
-    got = attend_within(row.runs, len(row.tokens_S), torch.device("cuda"))(0, q.cuda(), k.cuda(), v.cuda())
+    wanted = attend_within(row, SHAPE, torch.float32)(0, q, k, v)
+    got = attend_within(row.to(torch.device("cuda")), SHAPE, torch.float32)(0, q.cuda(), k.cuda(), v.cuda())
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -170,7 +171,7 @@ def test_keys_come_in_multiples_that_kernels_read_without_copying():
     (row,) = pack_rows(answers, 999)
     keys = []
     with patch("packing.F.scaled_dot_product_attention", lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q):
-        attend_within(row.runs, len(row.tokens_S), torch.device("cpu"))(0, *random_qkv(len(row.tokens_S)))
+        attend_within(row, SHAPE, torch.float64)(0, *random_qkv(len(row.tokens_S)))
     assert keys
     assert all(count % 16 == 0 for count in keys)
 
