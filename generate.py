@@ -227,7 +227,7 @@ class Decoder:
         answers_R = self.answers_R[:rows]
         lengths_R, active_R = self.lengths_A[answers_R], ~self.ended_A[answers_R]
         tokens_R = self.ids_AG[answers_R, lengths_R]
-        logits_RV = self.model.next_token_logits(tokens_R[:, None], self.cache, lengths_B=active_R.long())
+        logits_RV = self.model.next_token_logits(tokens_R[:, None], self.cache, active_B=active_R)
         log_probs_RV = log_probs(logits_RV, self.sampling.temperature, self.sampling.vocab_size)
         ids_R, logprobs_R, entropies_R = draw(log_probs_RV, self.uniforms_AG[answers_R, lengths_R], self.sampling.vocab_size)
         # An answer that has ended goes on being decoded until somebody looks: behind its last token, and does not grow.

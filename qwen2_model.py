@@ -255,19 +255,17 @@ class Transformer(nn.Module):
         hidden_BTE = self.hidden_states(tokens_BT, positions_BT, attend_causally)
         return self.logits(hidden_BTE.flatten(0, 1)).float().view(*tokens_BT.shape, -1)
 
-    def next_token_logits(self, tokens_BL: Tensor, cache: KVCache, *, lengths_B: Tensor | None = None) -> Tensor:
+    def next_token_logits(self, tokens_BL: Tensor, cache: KVCache, *, active_B: Tensor | None = None) -> Tensor:
         """Append L tokens to each row of the cache and return the logits (B, V), float32, of what comes next.
 
-        lengths_B: how many of the L tokens are real, where rows are ragged (padded on the right); 0 leaves a row as
-        it was and its logits without meaning. B may be less than the cache's rows: the first B take part.
+        active_B: False leaves a row as it was, and its logits without meaning. B may be less than the cache's rows: the
+        first B take part.
         """
         B, L = tokens_BL.shape
-        lengths_B = cache.lengths_B.new_full((B,), L) if lengths_B is None else lengths_B
         positions_BL, attend = cache.extend(B, L)
         hidden_BLE = self.hidden_states(tokens_BL, positions_BL, attend)
-        cache.lengths_B[:B] += lengths_B
-        last_B = (lengths_B - 1).clamp(min=0)
-        return self.logits(hidden_BLE[cache.indices[:B], last_B]).float()
+        cache.lengths_B[:B] += L if active_B is None else L * active_B
+        return self.logits(hidden_BLE[:, -1]).float()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device, dtype: torch.dtype) -> "Transformer":

@@ -112,31 +112,15 @@ def test_cached_logits_equal_uncached_ones():
 
 
 @torch.no_grad()
-def test_ragged_rows_in_the_cache_equal_each_row_alone():
-    # Catches: `last_B = (lengths_B - 1)` -> the last column for all; `cache.lengths_B[:B] += lengths_B` -> `+= L`.
-    model = random_model()
-    tokens_BT = random_tokens(3, 29)
-    cache, ends = new_cache(model, 3, 67), [0, 0, 0]
-    for lengths in ([3, 11, 7], [1, 1, 1], [5, 2, 1], [1, 1, 1]):
-        chunk_BL = torch.full((3, max(lengths)), 99)  # what pads must not matter
-        for b, length in enumerate(lengths):
-            chunk_BL[b, :length] = tokens_BT[b, ends[b] : ends[b] + length]
-            ends[b] += length
-        logits_BV = model.next_token_logits(chunk_BL, cache, lengths_B=torch.tensor(lengths))
-        assert cache.lengths_B.tolist() == ends
-        for b in range(3):
-            assert_close(logits_BV[b], model(tokens_BT[b : b + 1, : ends[b]])[0, -1])
-
-
-@torch.no_grad()
-def test_a_row_of_length_0_is_left_as_it_was():
-    # Catches: `positions_BS = self.lengths_B[...]` -> self.lengths_B.max(); `+= lengths_B` -> `+= L`.
+def test_a_row_that_is_not_active_is_left_as_it_was():
+    # Catches: `positions_BS = self.lengths_B[...]` -> self.lengths_B.max(); `L * active_B` -> `L`.
     model = random_model()
     tokens_BT = random_tokens(2, 19)
     cache = new_cache(model, 2, 23)
     model.next_token_logits(tokens_BT[:, :5], cache)
     for t in range(5, 9):  # row 1 sleeps while row 0 goes on
-        model.next_token_logits(torch.stack((tokens_BT[0, t : t + 1], torch.tensor([42]))), cache, lengths_B=torch.tensor([1, 0]))
+        tokens_B1 = torch.stack((tokens_BT[0, t : t + 1], torch.tensor([42])))
+        model.next_token_logits(tokens_B1, cache, active_B=torch.tensor([True, False]))
     assert cache.lengths_B.tolist() == [9, 5]
     logits_BV = model.next_token_logits(torch.stack((tokens_BT[0, 9:10], tokens_BT[1, 5:6])), cache)
     assert_close(logits_BV[0], model(tokens_BT[:1, :10])[0, -1])
