@@ -7,7 +7,7 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,21 +155,17 @@ def problem_kind(problem: dict[str, Any]) -> str:
 
 
 def _synthetic_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
-    rng, test, in_vain = random.Random(data.synthetic_seed), {}, 0
-    while len(test) < data.test_size and in_vain < 1000:  # draws in a row that were there already
-        problem = draw_problem(rng, data)
-        in_vain = in_vain + 1 if _key(problem) in test else 0
-        test.setdefault(_key(problem), problem)
-    if len(test) < data.test_size:
-        raise ValueError(f"data.test_size={data.test_size}: there are hardly more than {len(test)} distinct synthetic problems "
-                         "with these numbers and targets; lower it, or raise data.max_number")
-    return SyntheticProblems(data, frozenset(test)), list(test.values())
+    rng, test = random.Random(data.synthetic_seed), {}
+    while len(test) < data.test_size:
+        problem = draw_problem(rng, data, taken=test)
+        test[_key(problem)] = problem
+    return SyntheticProblems(data, test), list(test.values())
 
 
 class SyntheticProblems(Sequence):
     """Solvable problems made on the fly: item i is always the same problem, and never a held-out one."""
 
-    def __init__(self, data: Data, held_out: frozenset):
+    def __init__(self, data: Data, held_out: Collection[tuple]):
         self._data, self._held_out = data, held_out
 
     def __len__(self) -> int:
@@ -177,16 +173,11 @@ class SyntheticProblems(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        rng = random.Random(f"{self._data.synthetic_seed}/{index}")
-        for _ in range(10_000):
-            problem = draw_problem(rng, self._data)
-            if _key(problem) not in self._held_out:
-                return problem
-        raise ValueError("data.test_size holds out (nearly) every synthetic problem; lower it, or raise data.max_number")
+        return draw_problem(random.Random(f"{self._data.synthetic_seed}/{index}"), self._data, taken=self._held_out)
 
 
-def draw_problem(rng: random.Random, data: Data) -> dict:
-    """Numbers and a target that some expression over all of them reaches."""
+def draw_problem(rng: random.Random, data: Data, *, taken: Collection[tuple]) -> dict:
+    """Numbers and a target that some expression over all of them reaches, and that are not taken."""
     for _ in range(100_000):
         numbers = [rng.randint(1, data.max_number) for _ in range(rng.choice(data.num_numbers))]
         values = [Fraction(n) for n in numbers]
@@ -194,9 +185,12 @@ def draw_problem(rng: random.Random, data: Data) -> dict:
             a, b = (values.pop(rng.randrange(len(values))) for _ in range(2))
             values.append(rng.choice([a + b, a - b, a * b, a / b if b else a + b]))
         if values[0].denominator == 1 and data.min_target <= values[0] <= data.max_target:
-            return {"numbers": numbers, "target": int(values[0])}
-    raise ValueError(f"no target in data.min_target={data.min_target} … data.max_target={data.max_target} can be reached from "
-                     f"numbers up to data.max_number={data.max_number}; widen the range")
+            problem = {"numbers": numbers, "target": int(values[0])}
+            if _key(problem) not in taken:
+                return problem
+    raise ValueError(f"beside {len(taken)} held-out problems no target in data.min_target={data.min_target} … data.max_target="
+                     f"{data.max_target} can be reached from numbers up to data.max_number={data.max_number}; widen the range, or "
+                     f"lower data.test_size={data.test_size}")
 
 
 def _key(problem: dict) -> tuple:

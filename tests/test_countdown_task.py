@@ -548,7 +548,7 @@ def test_a_synthetic_problem_depends_on_its_place_and_the_seed_alone():
     assert len({key(p) for p in forward}) == 5
 
 
-# Catches: the comparison with the held-out problems left out of __getitem__; _key without sorted().
+# Catches: the comparison with the held-out problems left out of draw_problem; _key without sorted().
 def test_no_held_out_problem_is_trained_on():
     few = {"num_numbers": [3], "max_number": 5, "min_target": 1, "max_target": 20, "test_size": 100}
     train, test = load_problems(data_config("synthetic", **few))
@@ -620,7 +620,7 @@ def test_bad_parquet_is_named(tmp_path):
 
 
 def test_impossible_synthetic_problems_are_refused():
-    with pytest.raises(ValueError, match=r"data\.test_size=10.*lower it, or raise data\.max_number"):
+    with pytest.raises(ValueError, match=r"beside 7 held-out.*data\.max_number=2.*lower data\.test_size=10"):
         load_problems(data_config("synthetic", num_numbers=[2], max_number=2, min_target=1, max_target=4, test_size=10))
     with pytest.raises(ValueError, match=r"data\.min_target=50.*data\.max_number=3.*widen"):
         load_problems(data_config("synthetic", num_numbers=[2], max_number=3, min_target=50, max_target=60))
@@ -631,7 +631,7 @@ def test_holding_out_every_synthetic_problem_is_refused():
     every = {"num_numbers": [2], "max_number": 2, "min_target": 1, "max_target": 4}
     train, test = load_problems(data_config("synthetic", **every, test_size=7))
     assert len(test) == 7
-    with pytest.raises(ValueError, match=r"data\.test_size holds out"):
+    with pytest.raises(ValueError, match=r"beside 7 held-out problems"):
         train[0]
 
 
