@@ -155,14 +155,12 @@ def prefill(model: Transformer, prompts: list[list[int]], watch: Watch = UNWATCH
     prefilled = KVCache(model.config, batch_size=len(prompts), max_len=longest, device=device, dtype=dtype)
     per_pass = max(1, PREFILL_TOKENS // longest)
     for first in range(0, len(prompts), per_pass):
-        part = [p[:-1] for p in prompts[first : first + per_pass]]
-        tokens_NL = torch.tensor([p + [0] * (longest - len(p)) for p in part], device=device)
-        cache = KVCache(model.config, batch_size=len(part), max_len=longest, device=device, dtype=dtype)
-        positions_NL, attend = cache.extend(len(part), longest)
-        model.hidden_states(tokens_NL, positions_NL, attend)
-        cache.lengths_B += torch.tensor([len(p) for p in part], device=device)
-        rows = torch.arange(len(part), device=device)
-        prefilled.copy_rows(cache, rows, first + rows, longest)
+        rows = slice(first, first + per_pass)
+        part = [p[:-1] for p in prompts[rows]]
+        prefilled.span = 0  # of these rows
+        positions_NL, attend = prefilled.extend(rows, longest)
+        model.hidden_states(torch.tensor([p + [0] * (longest - len(p)) for p in part], device=device), positions_NL, attend)
+        prefilled.lengths_B[rows] = torch.tensor([len(p) for p in part], device=device)
         watch.advance(len(part))
     return prefilled
 

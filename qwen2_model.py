@@ -170,8 +170,8 @@ class KVCache:
         """How many positions a pass over `num_tokens` more will read."""
         return min(-(-(self.span + num_tokens) // SPAN) * SPAN, self.keys_LBKCD.shape[3])
 
-    def extend(self, batch_size: int, num_tokens: int) -> tuple[Tensor, Attend]:
-        """Make room for `num_tokens` more in the first `batch_size` rows: their positions, and the attention over all.
+    def extend(self, rows: slice, num_tokens: int) -> tuple[Tensor, Attend]:
+        """Make room for `num_tokens` more in these rows: their positions, and the attention over all.
 
         The query heads that share a key head are folded into the query length: (B, K, R * S, D) against (B, K, C, D)
         reads each cached key once instead of R times.
@@ -182,14 +182,14 @@ class KVCache:
                              f"not fit; make it with max_len={self.span + num_tokens}")
         columns = self.columns(num_tokens)
         self.span += num_tokens
-        positions_BS = self.lengths_B[:batch_size, None] + self.indices[:num_tokens]
-        rows_B1 = self.indices[:batch_size, None]
+        positions_BS = self.lengths_B[rows, None] + self.indices[:num_tokens]
+        rows_B1 = self.indices[: len(positions_BS), None]  # within the slice
         hidden_BSC = self.indices[:columns] > positions_BS[:, :, None]
         bias_BSC = self.keys_LBKCD.new_zeros(hidden_BSC.shape).masked_fill_(hidden_BSC, -torch.inf)
         bias_B1QC = bias_BSC.repeat(1, self.heads_per_key, 1)[:, None]
 
         def attend(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
-            keys_BKCD, values_BKCD = self.keys_LBKCD[layer, :batch_size], self.values_LBKCD[layer, :batch_size]
+            keys_BKCD, values_BKCD = self.keys_LBKCD[layer, rows], self.values_LBKCD[layer, rows]
             keys_BKCD[rows_B1, :, positions_BS] = k_BKSD.transpose(1, 2)
             values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
             B, H, S, D = q_BHSD.shape
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
         first B take part.
         """
         B, L = tokens_BL.shape
-        positions_BL, attend = cache.extend(B, L)
+        positions_BL, attend = cache.extend(slice(B), L)
         hidden_BLE = self.hidden_states(tokens_BL, positions_BL, attend)
         cache.lengths_B[:B] += L if active_B is None else L * active_B
         return self.logits(hidden_BLE[:, -1]).float()

@@ -189,7 +189,7 @@ def test_answers_do_not_depend_on_the_other_prompts():
 
 
 def test_prompts_go_through_the_model_in_batches(monkeypatch):
-    # Catches: `first + rows` -> `rows` in prefill.
+    # Catches: `extend(rows, ...)` -> `extend(slice(len(part)), ...)` in prefill.
     wanted = run()
     monkeypatch.setattr(module, "PREFILL_TOKENS", 120)
     got = run()
