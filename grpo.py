@@ -116,7 +116,7 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:
     """The token_loss of a row, for backward(), and log π of each of its response tokens (P,), float32, nats.
 
-    π is the softmax of the first vocab_size logits / temperature, as in the sampler.
+    π is the softmax of the first vocab_size logits / temperature, as in the sampler. The head's .grad must stand (zero_gradient).
     """
     attend = attend_within(row, model.config, model.head_weight_VE.dtype)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
@@ -174,7 +174,7 @@ def update_policy(
 ) -> UpdateStats:  # fmt: skip
     """One policy-gradient step on a batch of episodes.
 
-    loss = - sum_ij m_ij A_ij sum_t log π(y_ij[t]) / sum_ij m_ij |y_ij|, where y_ij is answer j to question i, and m_ij = 0 for an
+    loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|, where a_ij is answer j to question i, and m_ij = 0 for an
     unfinished answer if skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing;
     answers whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not

@@ -3,10 +3,10 @@
     tokens     [ prompt 1 | answer 1a | answer 1b | answer 1c | prompt 2 | answer 2a | answer 2b ]
     positions    0 … 9      10 … 17     10 … 21     10 … 14     0 … 11     12 … 16     12 … 30
 
-Every run of tokens attends to itself causally; an answer also sees the whole of its prompt. That is exactly what each
+Every segment attends to itself causally; an answer also sees the whole of its prompt. That is exactly what each
 (prompt, answer) would compute alone, but the prompt is run forward and backward once a group instead of once an answer.
 
-Dimension key: S tokens of a row, P scored response tokens, G runs (prompts and answers), Q tokens of the longest run,
+Dimension key: S tokens of a row, P scored response tokens, G segments (prompts and answers), Q tokens of the longest segment,
                L tokens of the longest prompt, C >= L + Q keys, H query heads, K key heads, R = H / K, D head size.
 """
 
@@ -24,7 +24,7 @@ KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """A prompt or an answer within a row: where it stands, and the prompt that it sees (for a prompt: nothing)."""
 
     start: int
@@ -37,7 +37,7 @@ class Run:
 class Row:
     tokens_S: Tensor
     positions_S: Tensor
-    runs: list[Run]
+    segments: list[Segment]
     sources_P: Tensor  # the position whose hidden state predicts each response token
     targets_P: Tensor  # those tokens
     advantages_P: Tensor  # float32, of the answer each belongs to
@@ -82,36 +82,35 @@ def pack_rows(answers: Iterable[tuple[Episode, float]], micro_batch_tokens: int,
 
 
 def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
-    tokens, runs, targets, advantages, logprobs, group = [], [], [], [], [], None
+    tokens, segments, sources, targets, advantages, logprobs, group = [], [], [], [], [], [], None
     for episode, advantage in answers:
         prompt, response = episode.prompt_token_ids, episode.response_token_ids
         if episode.question_id != group:
             group, prompt_start = episode.question_id, len(tokens)
-            runs.append(Run(prompt_start, len(prompt), prompt_start, 0))
+            segments.append(Segment(prompt_start, len(prompt), prompt_start, 0))
             tokens += prompt
-        runs.append(Run(len(tokens), len(response), prompt_start, len(prompt)))
+        segments.append(Segment(len(tokens), len(response), prompt_start, len(prompt)))
+        sources += [prompt_start + len(prompt) - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
         tokens += response
         targets += response
         advantages += [advantage] * len(response)
         logprobs += episode.response_logprobs
-    positions = [run.prompt_length + i for run in runs for i in range(run.length)]
-    sources = [s for run in runs if run.prompt_length
-               for s in (run.prompt_start + run.prompt_length - 1, *range(run.start, run.start + run.length - 1))]  # fmt: skip
-    return Row(torch.tensor(tokens), torch.tensor(positions), runs, torch.tensor(sources), torch.tensor(targets),
+    positions = [segment.prompt_length + i for segment in segments for i in range(segment.length)]
+    return Row(torch.tensor(tokens), torch.tensor(positions), segments, torch.tensor(sources), torch.tensor(targets),
                torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32),
                sorted({episode.question_id for episode, _ in answers}))
 
 
 def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
-    """The attention of a row: its runs side by side, each with its prompt's keys before its own.
+    """The attention of a row: its segments side by side, each with its prompt's keys before its own.
 
     config, dtype: the model's. Runs of like length form a batch, so that a long one does not stretch them all. As in the KV cache,
     the query heads that share a key head are folded into the query length.
     """
     device, R = row.tokens_S.device, config.num_attention_heads // config.num_key_value_heads
-    batches: dict[int, list[Run]] = {}
-    for run in row.runs:
-        batches.setdefault(run.length.bit_length(), []).append(run)
+    batches: dict[int, list[Segment]] = {}
+    for segment in row.segments:
+        batches.setdefault(segment.length.bit_length(), []).append(segment)
     layouts, back_S, offset = [], torch.empty(len(row.tokens_S), dtype=torch.long), 0
     for batch in batches.values():
         own_GQ, keys_GC, visible_GQC, real_GQ = _lay_side_by_side(batch)
@@ -135,14 +134,14 @@ def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     return attend
 
 
-def _lay_side_by_side(runs: list[Run]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where a batch of runs finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
-    start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(run) for run in runs]).T[:, :, None]
+def _lay_side_by_side(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where a batch of segments finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
+    start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(segment) for segment in segments]).T[:, :, None]
     steps_Q, steps_L = torch.arange(int(length_G1.max())), torch.arange(int(prompt_length_G1.max()))
-    own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a run's end: its last token again, which nobody sees
+    own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a segment's end: its last token again, which nobody sees
     prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
     sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, len(steps_Q), -1)
-    sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(runs), -1, -1)
+    sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(segments), -1, -1)
     unseen = -(len(steps_L) + len(steps_Q)) % KEY_MULTIPLE
     keys_GC = F.pad(torch.cat((prompt_GL, own_GQ), dim=1), (0, unseen))
     visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, unseen))

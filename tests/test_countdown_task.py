@@ -85,7 +85,7 @@ FORMAT = {  # response, which continues "<think>" -> format reward
 
 
 # Catches: any of the four tags left out of TAG; parts[2] or parts[6] left out, or their `.strip()`, in
-# _is_well_formed; `break` left out of the loop over stop tokens.
+# _is_well_formed; `\Z` left out of STOP_TOKEN.
 @pytest.mark.parametrize(("response", "wanted"), FORMAT.values(), ids=FORMAT)
 def test_format_reward(response, wanted):
     assert reward_function(response, [1, 2], 3).parts["format"] == wanted

@@ -45,7 +45,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
     scored = Counter()
     for row in rows:
         tokens, positions = row.tokens_S.tolist(), row.positions_S.tolist()
-        assert sum(r.length for r in row.runs) == len(tokens) == len(positions)
+        assert sum(r.length for r in row.segments) == len(tokens) == len(positions)
         assert len(tokens) == len(set(tokens))  # no prompt twice within a row
         for source, target, advantage, logprob in zip(
             row.sources_P.tolist(), row.targets_P.tolist(), row.advantages_P.tolist(), row.sampler_logprobs_P.tolist(), strict=True
@@ -62,7 +62,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
             start = tokens.index(e.prompt_token_ids[0])
             assert tokens[start : start + len(e.prompt_token_ids)] == e.prompt_token_ids
             assert positions[start : start + len(e.prompt_token_ids)] == list(range(len(e.prompt_token_ids)))
-        assert len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.runs) == 1
+        assert len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.segments) == 1
     assert scored == Counter(by_token.keys())
 
 
@@ -75,7 +75,7 @@ def test_one_row_is_laid_out_as_the_picture_shows():
     assert row.sources_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
     assert row.targets_P.tolist() == [3, 4, 5, 6, 7, 8, 11]
     assert row.advantages_P.tolist() == [1, 1, 2, 2, 2, 2, 3]
-    assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in row.runs] == [
+    assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in row.segments] == [
         (0, 3, 0, 0), (3, 2, 0, 3), (5, 4, 0, 3), (9, 2, 9, 0), (11, 1, 9, 2)]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def assert_same_attention(attend, row, episodes):
 @settings(deadline=None, max_examples=40)
 @given(groups, st.integers(1, 80))
 def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens):
-    # Catches: `torch.arange(L) < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
+    # Catches: `steps_L < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
     # `repeat_interleave`; every answer given the row's first prompt.
     answers = make_batch(groups)
     for row in pack_rows(answers, micro_batch_tokens):
