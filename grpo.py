@@ -138,11 +138,15 @@ class ChunkedLoss(torch.autograd.Function):
         head_VE, losses, logprobs = model.head_weight_VE, [], []
         ctx.grad_hidden_PE, learns = torch.empty_like(hidden_PE), ctx.needs_input_grad[0]
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
+        # Made once for all chunks, because buffers that come and go in many sizes scatter over the heap: it grew by 0.8 GiB.
+        # Logits and gradient may be of a narrower type than the probabilities between them.
+        narrow_CV = head_VE.new_empty((min(size, len(hidden_PE)), len(head_VE)), requires_grad=False)
+        wide_CV = narrow_CV.to(torch.promote_types(head_VE.dtype, torch.float32))
         chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
         for chunk, hidden_CE, grad_hidden_CE in chunks:
-            targets_C1 = chunk.targets_P[:, None]
-            logprobs_CV = grad_CV = None  # what is large dies just before its successor is made, and nothing small takes its place
-            logprobs_CV = log_probs(model.logits(hidden_CE), temperature, vocab_size)
+            targets_C1, C = chunk.targets_P[:, None], len(hidden_CE)
+            logits_CV = model.logits(hidden_CE, out=(wide_CV if head_VE.is_cuda else narrow_CV)[:C])
+            logprobs_CV = log_probs(wide_CV[:C].copy_(logits_CV), temperature, vocab_size)
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
                 loss = token_loss(logprobs_C, chunk, num_tokens)
@@ -150,7 +154,7 @@ class ChunkedLoss(torch.autograd.Function):
             logprobs.append(logprobs_C.detach())
             if learns:
                 grad_C1 = torch.autograd.grad(loss, logprobs_C)[0][:, None] / temperature
-                grad_CV = logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1).to(head_VE.dtype)
+                grad_CV = narrow_CV[:C].copy_(logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1))
                 torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
                 head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
         logprobs_P = torch.cat(logprobs)

@@ -239,15 +239,15 @@ class Transformer(nn.Module):
             x_BSE = RunTwice.apply(x_BSE, kept_LBSE[i], run) if i < checkpoint_layers else run(x_BSE)
         return self.model.norm(x_BSE)
 
-    def logits(self, hidden_PE: Tensor) -> Tensor:
-        """Vocabulary logits (P, V), as the product gives them.
+    def logits(self, hidden_PE: Tensor, out: Tensor | None = None) -> Tensor:
+        """Vocabulary logits (P, V), as the product gives them; into `out`, if it is given.
 
         On CUDA, without autograd, it accumulates and returns float32 whatever the weights' dtype. The CPU has no such
         product: there the logits of a bf16 model are bf16, the same in sampling and in training.
         """
         if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
-            return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32)
-        return F.linear(hidden_PE, self.head_weight_VE)
+            return torch.mm(hidden_PE, self.head_weight_VE.t(), out_dtype=torch.float32, out=out)
+        return torch.mm(hidden_PE, self.head_weight_VE.t(), out=out)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, causal; padding on the right changes nothing to its left."""

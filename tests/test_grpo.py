@@ -351,7 +351,7 @@ class Head:
         self.head_weight_VE, self.product = weight_VE, product
         self.head_weight_VE.grad = torch.full_like(weight_VE, 5.0)
 
-    def logits(self, hidden_PE):
+    def logits(self, hidden_PE, out):
         return self.product(hidden_PE, self.head_weight_VE.detach())
 
 
@@ -382,7 +382,7 @@ def test_the_loss_in_chunks_and_its_gradient_equal_autograds(chunk_rows, monkeyp
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_the_loss_in_chunks_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
-    # As on CUDA. Catches: `.to(head_VE.dtype)` left out; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
+    # As on CUDA. Catches: the wide buffer of the weights' dtype; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
     generator = torch.Generator().manual_seed(1)
     hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13))
