@@ -263,7 +263,7 @@ MUTATIONS = [
     ("gspo", "part.mean()", "part.sum()"),
     ("kl", "- BETA * divergence_P", "+ BETA * divergence_P"),
     ("kl", "row.sampler_logprobs_P - logprobs_P\n", "logprobs_P - row.sampler_logprobs_P\n"),
-    ("kl", "    learned = kept\n", "    learned = [i for i in kept if advantages[i] != 0]\n"),
+    ("kl", "    learned = kept\n", "    learned = [(e, advantage) for e, advantage in kept if advantage != 0]\n"),
     ("dynamic-sampling", "> 1:\n                kept", "> 0:\n                kept"),
     ("dynamic-sampling", "asked += missing", "asked += num_groups"),
     ("dynamic-sampling", "asked + e.question_id", "e.question_id"),
