@@ -15,7 +15,7 @@ How this departs from the paper, and why:
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
 An episode is one answer with its reward; a row is a micro-batch: prompts and answers in one sequence, where a token sees only its
-own (packing.py).
+own prompt and answer (packing.py).
 Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
                E hidden size, V rows of the head, of which the first vocab_size stand for tokens.
 """
@@ -221,7 +221,7 @@ def update_policy(
     is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
     if not is_finite or grad_norm == 0:
         optimizer.zero_grad()
-        if is_finite:  # as where token_loss clips every answer
+        if is_finite:  # possible where token_loss is changed to a clipped ratio
             return _no_step(num_tokens, "the gradient is 0")
         return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {e.question_id for e, _ in learned})
     if grad_norm > max_grad_norm:

@@ -4,7 +4,7 @@
 
 An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation (group_advantages). The
 update raises the log-probability of each token in proportion to its answer's advantage, and lowers it where that is negative. The
-group takes the place of a value network; with one step a batch there is no ratio, no clip and no KL term. See grpo.py.
+group takes the place of a value network; with one step a batch there is no ratio to clip; why there is no KL term: grpo.py.
 
 Everything else about a run is the business of `run` (harness/run.py): it locks its directory, logs, saves, and ends the block below
 by an exception of its own where a signal asks for it. A resumed run goes on from the last checkpoint and makes the steps after it
