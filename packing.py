@@ -104,8 +104,8 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
 def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     """The attention of a row: its segments side by side, each with its prompt's keys before its own.
 
-    config, dtype: the model's. Runs of like length form a batch, so that a long one does not stretch them all. As in the KV cache,
-    the query heads that share a key head are folded into the query length.
+    config, dtype: the model's. Segments of like length form a batch, so that a long one does not stretch them all. As in the KV
+    cache, the query heads that share a key head are folded into the query length.
     """
     device, R = row.tokens_S.device, config.num_attention_heads // config.num_key_value_heads
     batches: dict[int, list[Segment]] = {}
