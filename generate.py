@@ -53,12 +53,12 @@ def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
 
 def log_probs(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    """Log-probabilities (P, V), at least float32, of the sampling distribution. The sampler and the loss both call this.
+    """Log-probabilities (P, V), float32, of the sampling distribution. The sampler and the loss both call this.
 
-    Ids from vocab_size on are rows of the head without a token: they get probability 0. In the place of the logits, if those are
-    float32 already: nothing in memory is larger.
+    Ids from vocab_size on are rows of the head without a token: they get probability 0. In the place of the logits: nothing in
+    memory is larger.
     """
-    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    assert logits_PV.dtype in (torch.float32, torch.float64)
     if temperature != 1.0:
         logits_PV.div_(temperature)
     logits_PV[:, vocab_size:] = IMPOSSIBLE

@@ -37,8 +37,8 @@ groups = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)),
 @settings(deadline=None)
 @given(groups, st.integers(1, 80), st.randoms())
 def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random):
-    # Catches: `run.prompt_start + run.prompt_length - 1` -> `run.start - 1` (right for the first answer only); a last row that is
-    # not yielded; answer positions that begin at 0 (`run.prompt_length + i` -> `i`).
+    # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1` (right for the first answer only); a last row that is not
+    # yielded; answer positions that begin at 0 (`segment.prompt_length + i` -> `i`).
     answers = make_batch(groups)
     rows = list(pack_rows(random.sample(answers, len(answers)), micro_batch_tokens))
     by_token = {t: (e, n, a) for e, a in answers for n, t in enumerate(e.response_token_ids)}
@@ -67,7 +67,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
 
 
 def test_one_row_is_laid_out_as_the_picture_shows():
-    # Catches: `Run(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
+    # Catches: `Segment(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
     answers = make_batch([(3, [2, 4]), (2, [1])])
     (row,) = pack_rows(answers, 100)
     assert row.tokens_S.tolist() == list(range(12))
