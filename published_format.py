@@ -19,7 +19,9 @@ MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
 MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
 
 Size = Annotated[int, Field(gt=0, le=10**6)]
-Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes; an id
+Heads = Annotated[int, Field(gt=0, le=1024)]
+Id = Annotated[int, Field(ge=0, le=10**6)]
+Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 
 
@@ -47,14 +49,14 @@ class PublishedConfig(BaseModel, strict=True):
     hidden_size: Annotated[int, Field(gt=0, le=2**16)]
     intermediate_size: Size
     num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
-    num_attention_heads: Annotated[int, Field(gt=0, le=1024)]
-    num_key_value_heads: Size = Field(validation_alias=AliasChoices("num_key_value_heads", "num_attention_heads"))
+    num_attention_heads: Heads
+    num_key_value_heads: Heads = Field(validation_alias=AliasChoices("num_key_value_heads", "num_attention_heads"))
     max_position_embeddings: Annotated[int, Field(gt=0, le=10**9)]
     rms_norm_eps: Positive
     rope_theta: Positive = Field(validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta")))
     tie_word_embeddings: bool = False
-    bos_token_id: Count | None = None
-    eos_token_id: Count | list[Count] | None = None
+    bos_token_id: Id | None = None
+    eos_token_id: Id | list[Id] | None = None
 
 
 def read_config(path: Path) -> PublishedConfig:

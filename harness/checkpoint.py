@@ -223,6 +223,8 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
     if broken := [name for file in weights for name, tensor in read_tensors(file) if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
     written = [dict(read_tensors(path / name)) for name in state_files]
+    if any(state.keys() != written[0].keys() for state in written):
+        raise ValueError("the parts of the optimizer's state do not belong together")
     return place, {name: _own_part([state[name] for state in written], processes) for name in written[0]}
 
 
@@ -244,10 +246,13 @@ def check_files(path: Path) -> list[str]:
     state_files = sorted(name for name in sums if name.startswith("optimizer")) or [OPTIMIZER]
     if lacking := {"config.json", PLACE, *state_files} - sums.keys():
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
+    if state_files not in ([OPTIMIZER], [PART.format(rank, len(state_files)) for rank in range(1, len(state_files) + 1)]):
+        raise ValueError(f"{COMPLETE} names {', '.join(state_files):.200}, which are not all parts of the optimizer's state")
     for name, written in sums.items():
-        file = path / Path(name).name
-        if not file.is_file():
-            raise ValueError(f"{name:.100} is not there")
-        if (found := checksum(file)) != written:
-            raise ValueError(f"{name:.100} is damaged: its checksum is {found}, not {written!r:.20}")
+        if Path(name).name != name:
+            raise ValueError(f"{COMPLETE} names {name!r:.100}, which is no file of the checkpoint")
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is not there")
+        if (found := checksum(path / name)) != written:
+            raise ValueError(f"{name} is damaged: its checksum is {found}, not {written!r:.20}")
     return state_files

@@ -395,6 +395,13 @@ def copy_of_the_second(path: Path) -> None:
     shutil.copytree(path.with_name("step-000002"), path)
 
 
+def parts_of_two_kinds(path: Path) -> None:
+    state = load_file(path / "optimizer.tensors")
+    (path / "optimizer.tensors").unlink()
+    save_file(state, path / "optimizer-00001-of-00002.tensors")
+    save_file({name: state[name] for name in ("exp_avg",)}, path / "optimizer-00002-of-00002.tensors")
+
+
 def zeros(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
@@ -418,6 +425,9 @@ DAMAGE = {
     "no weights": (signed(lambda p: (p / "model.safetensors").unlink()), "it holds no weights"),
     "not finite": (signed(lambda p: damage_weights(p, lambda t: t[NORM].fill_(math.nan))), f"{NORM} holds numbers that are not"),
     "no state": (signed(lambda p: (p / "optimizer.tensors").unlink()), "complete.json lacks optimizer.tensors"),
+    "half a state": (signed(lambda p: (p / "optimizer.tensors").rename(p / "optimizer-00001-of-00002.tensors")), "not all parts"),
+    "parts of two kinds": (signed(parts_of_two_kinds), "the parts of the optimizer's state do not belong together"),
+    "a file outside": (lambda p: edit_json(p / "complete.json", **{"../x": "0"}), "'../x', which is no file of the checkpoint"),
     "a state of noise": (signed(lambda p: (p / "optimizer.tensors").write_bytes(b"noise" * 99)), "optimizer.tensors is damaged"),
 }  # fmt: skip
 
