@@ -15,13 +15,14 @@ How this departs from the paper, and why:
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
 An episode is one answer with its reward; a row is a micro-batch: prompts and answers in one sequence, where a token sees only its
-own prompt and answer (packing.py).
+own prompt and answer (packing.py). `watch` looks on, hears signals, and knows the processes that share the work (data_types.py).
 Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
                E hidden size, V rows of the head, of which the first vocab_size stand for tokens.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# Logits of a chunk of the loss, counted in float32. Larger: fewer additions to the head's gradient, which round in bf16 (over
-# 40,000 tokens it is 2.5 % off at 64 MB, 1.9 % at 160; the products alone leave 1.3 %). Smaller: less memory.
+# Logits of a chunk of the loss in float32; their gradient, where it is of a narrower type, comes on top. Larger: fewer additions
+# to the head's gradient, which round in bf16 (over 40,000 tokens it is 2.5 % off the exact one at 64 MB, 1.9 % at 160; the
+# products alone leave 1.3 %). Smaller: less memory.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
@@ -49,8 +51,9 @@ def rollout(
     """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
-    max_gen_len response tokens, whatever its prompt's length. cache_bytes: see generate. Of several processes each samples and
-    scores the answers to its part of the questions, and all get all episodes.
+    max_gen_len response tokens, whatever its prompt's length; one that is cut off there is scored as it stands. cache_bytes: see
+    generate. Of several processes each samples and scores the answers to its part of the questions, with the random numbers that
+    one alone would use for them, and all get all episodes.
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
     prompts, processes = [question.prompt_token_ids for question in questions], watch.processes
@@ -58,13 +61,14 @@ def rollout(
     first = processes.parts_of(len(questions))[processes.rank].start * num_answers  # samples are of this process's part
     episodes = []
     with watch.part("reward", len(samples)):
-        for i, sample in enumerate(samples, first):
-            question = questions[i // num_answers]
+        for number, sample in enumerate(samples, first):
+            question_id = number // num_answers
+            question = questions[question_id]
             # The stop token is learned, but not scored.
             text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
             reward = reward_function(text, **question.problem)
             episodes.append(Episode(
-                question_id=i // num_answers, prompt_token_ids=question.prompt_token_ids, response_token_ids=sample.token_ids,
+                question_id=question_id, prompt_token_ids=question.prompt_token_ids, response_token_ids=sample.token_ids,
                 response_logprobs=sample.logprobs, is_finished=sample.is_finished, text=text, reward=reward, entropy=sample.entropy,
             ))  # fmt: skip
             watch.advance(1)
@@ -136,14 +140,14 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_PE: Tensor, model: Transformer, row: Row, num_tokens: int, temperature: float, vocab_size: int):
         head_VE, losses, logprobs = model.head_weight_VE, [], []
-        ctx.grad_hidden_PE, learns = torch.empty_like(hidden_PE), ctx.needs_input_grad[0]
+        ctx.grad_hidden_PE, takes_gradient = torch.empty_like(hidden_PE), ctx.needs_input_grad[0]
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
         # Made once for all chunks, because buffers that come and go in many sizes scatter over the heap: it grew by 0.8 GiB.
         # Logits and gradient may be of a narrower type than the probabilities between them.
         narrow_CV = head_VE.new_empty((min(size, len(hidden_PE)), len(head_VE)), requires_grad=False)
         wide_CV = narrow_CV.to(torch.promote_types(head_VE.dtype, torch.float32))
         chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
-        for chunk, hidden_CE, grad_hidden_CE in chunks:
+        for chunk, hidden_CE, grad_hidden_CE in chunks:  # chunk: the row with C of its P tokens
             targets_C1, C = chunk.targets_P[:, None], len(hidden_CE)
             logits_CV = model.logits(hidden_CE, out=(wide_CV if head_VE.is_cuda else narrow_CV)[:C])
             logprobs_CV = log_probs(wide_CV[:C].copy_(logits_CV), temperature, vocab_size)
@@ -152,7 +156,7 @@ class ChunkedLoss(torch.autograd.Function):
                 loss = token_loss(logprobs_C, chunk, num_tokens)
             losses.append(loss.detach())
             logprobs.append(logprobs_C.detach())
-            if learns:
+            if takes_gradient:
                 grad_C1 = torch.autograd.grad(loss, logprobs_C)[0][:, None] / temperature
                 grad_CV = narrow_CV[:C].copy_(logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1))
                 torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
@@ -181,8 +185,10 @@ def update_policy(
     loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|, where a_ij is answer j to question i, and m_ij = 0 for an
     unfinished answer if skip_unfinished, else 1. The denominator is fixed for the whole batch, so micro-batches reweight nothing;
     answers whose advantage is 0 count in it but are not run. Temperature and vocab_size are those of the rollout.
+    checkpoint_layers: so many layers keep less and are run twice (activation checkpointing, Transformer.hidden_states).
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not
-    finite; broken_questions then names the questions behind it. If watch raises, weights and optimizer are as they were.
+    finite; broken_questions then names the questions behind it, or all that were learned from where only the norm of the gradient
+    is not finite. If watch raises, weights and optimizer are as they were.
 
     Several processes (watch.processes, those of the optimizer) divide the rows among them, and the sum of their gradients is the
     gradient. All see the whole loss and the whole norm, so all decide alike; each then updates its part of the weights, and
@@ -218,25 +224,28 @@ def update_policy(
     broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
     own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # a view of its part
     grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
-    is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
-    if not is_finite or grad_norm == 0:
-        optimizer.zero_grad()
-        if is_finite:  # possible where token_loss is changed to a clipped ratio
-            return _no_step(num_tokens, "the gradient is 0")
-        return _no_step(num_tokens, "the loss or the gradient is not finite", broken or {e.question_id for e, _ in learned})
-    if grad_norm > max_grad_norm:
-        own_gradient.mul_(max_grad_norm / grad_norm)
-    with watch.part("optimizer", 1):
-        changed = optimizer.step()
-    optimizer.zero_grad()
-    stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our AdamW says how many changed
     difference_P = torch.cat([difference_P for _, _, difference_P in results])
-    return UpdateStats(
+    stats = UpdateStats(
         loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens,
         logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
-        weights_changed=stored, weights_changed_fp32=exact,
     )  # fmt: skip
+    if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
+        broken = broken or {e.question_id for e, _ in learned}
+        stats = replace(stats, skipped="the loss or the gradient is not finite", broken_questions=sorted(broken))
+    elif grad_norm == 0:  # possible where token_loss is changed to a clipped ratio
+        stats = replace(stats, skipped="the gradient is 0")
+    else:
+        if grad_norm > max_grad_norm:
+            own_gradient.mul_(max_grad_norm / grad_norm)
+        with watch.part("optimizer", 1):
+            changed = optimizer.step()
+        stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our AdamW says how many changed
+        stats = replace(stats, weights_changed=stored, weights_changed_fp32=exact)
+    optimizer.zero_grad()
+    return stats
 
 
 def _no_step(num_tokens: int, reason: str, broken: Iterable[int] = ()) -> UpdateStats:
-    return UpdateStats(loss=0.0, grad_norm=0.0, num_tokens=num_tokens, skipped=reason, broken_questions=sorted(broken))
+    """Before anything is computed: with advantages of 0 loss and gradient are 0, with broken numbers they are unknown."""
+    unknown = math.nan if broken else 0.0
+    return UpdateStats(loss=unknown, grad_norm=unknown, num_tokens=num_tokens, skipped=reason, broken_questions=sorted(broken))

@@ -6,9 +6,10 @@ An answer's advantage is its reward less the mean of its group, in units of the 
 update raises the log-probability of each token in proportion to its answer's advantage, and lowers it where that is negative. The
 group takes the place of a value network; with one step a batch there is no ratio to clip; why there is no KL term: grpo.py.
 
-Everything else about a run is the business of `run` (harness/run.py): it locks its directory, logs, saves, and ends the block below
-by an exception of its own where a signal asks for it. A resumed run goes on from the last checkpoint and makes the steps after it
-again, the same ones: everything random is a function of (training.seed, purpose) and, but for evaluation, the step.
+Everything else about a run is the business of `run` (harness/run.py): it locks the output directory, writes logs and checkpoints,
+and leaves the `with` block by an exception, which it catches itself, where a signal asks it to stop. A resumed run goes on from its
+last good checkpoint: it cuts its logs back to that step and makes the steps after it again, with the same result, because all that
+is random follows from training.seed, a purpose and the step (in an evaluation: from the first two).
 """
 
 import sys
@@ -37,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]
-        run.begin(model, tokenizer, optimizer, held_out)  # a resumed run's optimizer gets its state here
-        num_answers = training.batch_size // training.num_questions_per_batch  # the size of a group
+        run.begin(model, tokenizer, optimizer, held_out)  # checks that they fit together; a resumed run's optimizer gets its state
+        num_answers = training.batch_size // training.num_questions_per_batch  # of a group; a batch is so many answers
 
         def evaluate(step: int) -> None:
             """One answer to each held-out question, at temperature 1, with the same random numbers each time."""
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                     temperature=training.temperature, reward_function=run.reward,
                     generator=seeded_generator(training.seed, "rollout", step), cache_bytes=run.plan.cache_bytes, watch=watch,
                 )  # fmt: skip
-            optimizer.lr = training.learning_rate * min(1.0, step / max(1, training.warmup_steps))
+            optimizer.lr = training.learning_rate * min(1.0, step / max(1, training.warmup_steps))  # warm-up, then constant
             with run.phase("update") as watch:
                 stats = update_policy(
                     model, optimizer, episodes, max_grad_norm=training.max_grad_norm,

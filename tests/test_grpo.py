@@ -260,12 +260,14 @@ def assert_no_step(model, episodes, **changes):
     lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
 ])  # fmt: skip
 def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
-    # Catches: `_is_finite` asking for the reward only, or for the log-probabilities only.
+    # Catches: only the reward, or only the log-probabilities, asked for; a loss of 0 reported that nobody computed.
     episodes = batch(True)
     episodes[9] = damage(episodes[9])
     stats = assert_no_step(random_model(), episodes)
     assert "not finite" in stats.skipped
     assert stats.broken_questions == [2]
+    assert math.isnan(stats.loss)
+    assert math.isnan(stats.grad_norm)
 
 
 def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
@@ -277,12 +279,15 @@ def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
     stats = assert_no_step(model, episodes, micro_batch_tokens=9)
     assert "not finite" in stats.skipped
     assert stats.broken_questions == [5]
+    assert math.isnan(stats.loss)
 
 
 def test_a_gradient_of_zero_makes_no_step(monkeypatch):
     # Catches: the optimizer fed zeros, by which its momentum would move the weights.
     monkeypatch.setattr(grpo, "token_loss", lambda logprobs_P, row, num_tokens: 0.0 * logprobs_P.sum())
-    assert assert_no_step(random_model(), batch(True)).skipped == "the gradient is 0"
+    stats = assert_no_step(random_model(), batch(True))
+    assert stats.skipped == "the gradient is 0"
+    assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step():
@@ -292,6 +297,8 @@ def test_a_gradient_that_is_not_finite_makes_no_step():
     stats = assert_no_step(model, batch(True))
     assert "not finite" in stats.skipped
     assert stats.broken_questions == [0, 2, 3, 4]  # nobody knows which, of those that were run
+    assert math.isfinite(stats.loss)  # what was computed is reported
+    assert not math.isfinite(stats.grad_norm)
 
 
 def test_what_an_interrupted_update_left_does_not_reach_the_next():
