@@ -1,4 +1,4 @@
-"""Checkpoints that a crash cannot spoil, and the lock of an output directory.
+"""Checkpoints that a crash cannot spoil.
 
 A checkpoint is a model directory in the published format (it loads in transformers and vLLM) with three files more:
 optimizer.tensors, the optimizer's state; trainer.json, the run's place; and complete.json, a checksum of every other file,
@@ -6,7 +6,6 @@ written last. It is written aside, synced and renamed: what has no "step-" name 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -49,37 +48,6 @@ class Place(BaseModel):
 
 class NotSaved(OSError):
     """A checkpoint could not be written."""
-
-
-@contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[int]:
-    """Hold an output directory for this process; the kernel lets go when the process ends, however it ends.
-
-    The lock is on the directory itself: no file in it can be removed to get past. Yields the descriptor, for `is_held`.
-    A directory that was made for this and is empty in the end is removed. Raises ValueError if another process holds it.
-    """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output_dir={directory} is, or lies in, something that is no directory; choose another") from None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{directory} is in use by another run; wait for it, or choose another output_dir=…") from None
-        yield descriptor
-    finally:
-        with contextlib.suppress(OSError):  # until one is not empty
-            for path in made if is_held(directory, descriptor) else ():
-                path.rmdir()
-        os.close(descriptor)
-
-
-def is_held(directory: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the locked directory, and not to nothing or to one made since."""
-    return directory.exists() and os.path.samestat(os.stat(directory), os.fstat(descriptor))
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -164,11 +132,6 @@ def checksum(file: Path) -> str:
     return f"{total:08x}"
 
 
-def remove_half_written(directory: Path) -> None:
-    for path in directory.glob(ASIDE + "*"):
-        _remove(path)
-
-
 def _remove(path: Path) -> None:
     """In two moves, so that a crash leaves nothing that looks whole. Of a link, the link alone."""
     if not path.name.startswith(ASIDE):
@@ -190,8 +153,22 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def newest_good(directory: Path, processes: Alone = ALONE) -> tuple[Path, Place, dict[str, Tensor]] | None:
-    """The newest undamaged checkpoint, with the run's place and the optimizer's state; says which it passes over, and why.
+Found = tuple[Path, Place, dict[str, Tensor]]  # a checkpoint, the run's place, and the own part of the optimizer's state
+
+
+def find_place(directory: Path, processes: Alone) -> Found | None:
+    """The newest undamaged checkpoint, the same for all processes; what is half-written is removed."""
+    found = None
+    if processes.rank == 0:
+        for path in directory.glob(ASIDE + "*"):
+            _remove(path)
+        found = newest_good(directory, processes)
+    path = processes.share([found and found[0]])[0]
+    return found if found or not path else (path, *read_checkpoint(path, processes))
+
+
+def newest_good(directory: Path, processes: Alone = ALONE) -> Found | None:
+    """The newest undamaged checkpoint; says which it passes over, and why.
 
     None if there is no checkpoint. Raises ValueError if all are damaged.
     """

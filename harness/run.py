@@ -26,22 +26,11 @@ from grpo import episode_advantages
 from harness import console, cpu
 from harness.card import check_card, is_out_of_memory, why_no_card
 from harness.check import check
-from harness.checkpoint import (
-    NotSaved,
-    Place,
-    by_all,
-    checkpoint_path,
-    is_held,
-    lock_directory,
-    newest_good,
-    read_checkpoint,
-    remove_half_written,
-    save_checkpoint,
-)
-from harness.config import Config, as_yaml, load_config
+from harness.checkpoint import NotSaved, Place, by_all, checkpoint_path, find_place, save_checkpoint
+from harness.config import Config, load_config
 from harness.console import say
-from harness.logs import NoLog, RunLog
 from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
+from harness.output import Nowhere, OutputDirectory
 from harness.parallel import Parting, Processes
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.tasks import draw_problems, guard_reward, load_problems, load_task, make_question
@@ -97,7 +86,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
         self.closing = contextlib.ExitStack()
-        self.plan = self.log = None  # from open() and begin() on
+        self.plan, self.has_begun = None, False
         self.processes, self.launched = ALONE, "WORLD_SIZE" in os.environ
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.processes = Processes()
@@ -138,9 +127,8 @@ class Run:
             self._check_machine(config)
         self.directory = Path(config.output_dir)
         self.checkpoints, own_config = self.directory / "checkpoints", self.directory / "config.yaml"
-        if self.processes.rank == 0:  # for all of them
-            self.lock = self.closing.enter_context(lock_directory(self.directory))
-        found = any(self.processes.share([self.processes.rank == 0 and own_config.exists()]))
+        self.output = OutputDirectory(self.directory, self.closing) if self.processes.rank == 0 else Nowhere()
+        found = any(self.processes.share([self.output.holds_run()]))
         if found and not arguments.resume:
             raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
         if arguments.resume and not found:
@@ -158,7 +146,7 @@ class Run:
         self._ask_for_what_is_missing()
         self.reward = guard_reward(
             self.task.reward_function, timeout=config.training.reward_timeout, errors=config.training.reward_errors,
-            closes=[self.lock] if self.processes.rank == 0 else [],
+            closes=self.output.descriptors(),
         )  # fmt: skip
         self.closing.callback(self.reward.close)
         self._make_plan(config, Qwen2Config.from_json(self.source / "config.json"), held_out=len(self.problems[1]))
@@ -182,14 +170,7 @@ class Run:
 
     def _find_place(self, old: Config, new: Config) -> None:
         """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
-        self.source = Path(new.model.path)
-        if first := self.processes.rank == 0:
-            remove_half_written(self.checkpoints)
-        found = newest_good(self.checkpoints, self.processes) if first else None
-        path = next(iter(self.processes.share([found and found[0]] if first else [])))
-        if path and not first:
-            found = path, *read_checkpoint(path, self.processes)
-        if found:
+        if found := find_place(self.checkpoints, self.processes):
             self.source, self.place, self.saved_state = found
         say(f"resuming from {self.source}" if found else "no checkpoint yet: starting over")
         for key, before, now in _differences(self.place.config or old.model_dump(mode="json"), new.model_dump(mode="json")):
@@ -233,15 +214,13 @@ class Run:
             self.saved_state = None
         self.first, self.last = self.place.step, config.training.max_steps
         self.place.config = config.model_dump(mode="json")
-        first = self.processes.rank == 0
-        if first:
-            self._write_config()
-        self.log = RunLog(self.directory, self.place.log_sizes) if first else NoLog()
-        self.closing.callback(self.log.close)
+        self.output.write_config(config)
+        self.output.open_log(self.place.log_sizes)
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.saved_step, self.skipped_in_a_row = self.first, 0
         self.watches: dict[str, console.PhaseWatch] = {}  # of each phase, the latest
         self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
+        self.has_begun = True
         say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
             f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps"
             + (f", {self.processes.size} processes" if self.processes.size > 1 else ""))
@@ -277,12 +256,6 @@ class Run:
         if not same:
             raise ValueError(f"{self.source} was made for another prompt or tokenizer; make it anew: remove it, then "
                              f"uv run warm_start.py --out {self.source}")
-
-    def _write_config(self) -> None:
-        """Aside first: a run can always be resumed by its config."""
-        aside = self.directory / "config.yaml.partial"
-        aside.write_text(as_yaml(self.config), encoding="utf-8")
-        aside.rename(self.directory / "config.yaml")
 
     # ------------------------------------------------------------ the loop
 
@@ -320,13 +293,13 @@ class Run:
         self._check_directory()
         num_answers = training.batch_size // training.num_questions_per_batch
         metrics = {"step": step} | step_metrics(episodes, stats, learning_rate=self.optimizer.lr, num_answers=num_answers)
-        self.log.write("metrics.jsonl", metrics)
+        self.output.write("metrics.jsonl", metrics)
         for sample in pick_samples(episodes, episode_advantages(episodes), [q.prompt for q in questions]):
-            self.log.write("samples.jsonl", {"step": step} | sample)
+            self.output.write("samples.jsonl", {"step": step} | sample)
         row_steps = sum(self.processes.share([rollout.counts["row_steps"]]))
         tokens_run = sum(self.processes.share([update.counts["tokens_run"]]))
         seconds, tokens = rollout.seconds["all"] + update.seconds["all"], sum(len(e.response_token_ids) for e in episodes)
-        self.log.write("timings.jsonl", {
+        self.output.write("timings.jsonl", {
             "step": step, "seconds": seconds,
             **{f"seconds/{part}": (rollout.seconds + update.seconds)[part]
                for part in ("prefill", "decode", "reward", "gradient", "optimizer")},
@@ -342,7 +315,7 @@ class Run:
             self.warned.add(warning)
         if step == self.first + 3:
             self._report_cost(self.last - step)
-        self.place.log_sizes = self.log.sizes()
+        self.place.log_sizes = self.output.sizes()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.broken_questions else 0
         if self.skipped_in_a_row == training.max_skipped_steps:
             raise Stopped(f"{self.skipped_in_a_row} steps in a row were skipped: {stats.skipped} "
@@ -353,8 +326,8 @@ class Run:
     def log_evaluation(self, step: int, episodes: list[Episode]) -> None:
         self._check_directory()
         metrics = evaluation_metrics(episodes)
-        self.log.write("metrics.jsonl", {"step": step} | metrics)
-        self.log.write("timings.jsonl", {"step": step, "seconds/evaluation": self.watches["evaluation"].seconds["all"]})
+        self.output.write("metrics.jsonl", {"step": step} | metrics)
+        self.output.write("timings.jsonl", {"step": step, "seconds/evaluation": self.watches["evaluation"].seconds["all"]})
         say(f"step {step}: {_success(metrics)}, mean length {metrics['eval/mean_length']:.0f}")
 
     def _report_cost(self, steps_left: int) -> None:
@@ -368,22 +341,21 @@ class Run:
                     f"{self.watches[phase].card_bytes / GIB:.2f} in use on the card as a whole")
 
     def _check_directory(self) -> None:
-        if self.processes.rank == 0 and not is_held(self.directory, self.lock):
+        if self.output.is_lost():
             raise Stopped(f"{self.directory} was removed or replaced while the run was going")
 
     def _save(self) -> None:
         """After steps that were skipped nothing older is removed: it may be the last from which the numbers stay finite."""
-        first = self.processes.rank == 0
         with by_all(self.processes):
-            if first and self.directory.exists() and not is_held(self.directory, self.lock):
+            if self.output.is_anothers():
                 raise NotSaved(f"{self.directory} may belong to another run now")
         clock, keep = time.perf_counter(), self.config.training.keep_checkpoints
         save_checkpoint(self.checkpoints, self.model, self.tokenizer, self.optimizer, self.place,
                         keep=None if self.skipped_in_a_row else keep)
         self.saved_step = self.place.step
-        if first and not (self.directory / "config.yaml").exists():  # the directory was removed, and has just been made again
-            self._write_config()
-        self.log.write("timings.jsonl", {"step": self.place.step, "seconds/checkpoint": time.perf_counter() - clock})
+        if not self.output.holds_run():  # the directory was removed, and has just been made again
+            self.output.write_config(self.config)
+        self.output.write("timings.jsonl", {"step": self.place.step, "seconds/checkpoint": time.perf_counter() - clock})
 
     # ------------------------------------------------------------ the end
 
@@ -395,7 +367,7 @@ class Run:
             parting = self._tell_the_others(error, message) if self.processes.size > 1 else None
             if parting is not None:
                 message, self.exit_code = str(parting), parting.code
-            if self.log is not None:
+            if self.has_begun:
                 lost = parting is not None and not parting.can_meet
                 message += self._outcome() if error is parting is None else self._save_what_is_good(error, lost=lost)
         if self.processes.rank == 0 or (parting is not None and not parting.can_meet and str(parting)):
@@ -421,7 +393,7 @@ class Run:
             return str(error), error.code
         if isinstance(error, Interrupted):
             return "interrupted", 128 + self.signals.received
-        if isinstance(error, ValueError) or (isinstance(error, OSError) and self.log is None):
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and not self.has_begun):
             return f"error: {error}", 2
         if is_out_of_memory(error) and self.plan is not None:
             first_line = str(error).partition("\n")[0]
@@ -451,7 +423,7 @@ class Run:
         return checkpoint_path(self.checkpoints, self.saved_step)
 
     def _outcome(self) -> str:
-        evaluations = [record for record in self.log.read("metrics.jsonl") if None not in map(record.get, SHOWN)]
+        evaluations = [record for record in self.output.read("metrics.jsonl") if None not in map(record.get, SHOWN)]
         if not evaluations:  # a process that does not write
             return ""
         return (f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"

@@ -35,6 +35,7 @@ ALLOWED = {
     "harness.checkpoint": {"harness.console", "data_types", "flat", "optimizer", "published_format", "qwen2_model", "tokenizer"},
     "harness.cpu": {"qwen2_model"},
     "harness.logs": {"harness.console", "published_format"},
+    "harness.output": {"harness.config", "harness.console", "harness.logs"},
     "harness.parallel": {"data_types", "gpu", "harness.plan"},
     "harness.metrics": {"data_types"},
     "harness.tasks": {"harness.console", "data_types", "generate", "tokenizer"},
@@ -51,8 +52,8 @@ ALLOWED = {
         "harness.plan", "data_types", "flat", "generate", "gpu", "grpo", "optimizer", "packing", "qwen2_model",
     },
     "harness.run": {
-        "harness.card", "harness.check", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs",
-        "harness.metrics",
+        "harness.card", "harness.check", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu",
+        "harness.metrics", "harness.output",
         "harness.parallel", "harness.plan", "harness.tasks", "data_types", "flat", "generate", "gpu", "grpo", "optimizer",
         "qwen2_model", "published_format", "tokenizer",
     },

@@ -26,7 +26,7 @@ import train
 from data_types import Reward
 from harness import checkpoint, run
 from harness.config import load_config
-from harness.logs import NoLog, RunLog
+from harness.output import Nowhere, OutputDirectory
 from qwen2_model import Transformer
 from tests import letters_task
 from tests.helpers import sign
@@ -523,7 +523,7 @@ def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
     assert f"{directory}/metrics.jsonl, line 1, is not valid JSON" in capsys.readouterr().err
 
 
-# Catches: json.loads in RunLog.read; "eval/success" alone looked for by _outcome, after the last step.
+# Catches: json.loads in OutputDirectory.read; "eval/success" alone looked for by _outcome, after the last step.
 @pytest.mark.parametrize(("line", "code", "said"), [
     ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"), ('{"step": 0, "eval/success": null}', 0, "after: "),
 ], ids=["deep", "null"])  # fmt: skip
@@ -545,7 +545,8 @@ def test_a_resumed_run_reads_its_log_as_everything_else_does(line, code, said, f
 def test_two_runs_cannot_share_a_directory(finished, base_model, tmp_path, capsys):
     # Catches: a lock on a file in the directory, which can be removed.
     directory, arguments = finished
-    with checkpoint.lock_directory(directory):  # the kernel ends it too when a process dies
+    with contextlib.ExitStack() as closing:  # the kernel ends it too when a process dies
+        OutputDirectory(directory, closing)
         assert train.main(arguments) == 2
         for path in directory.iterdir():
             path.rename(tmp_path / path.name)
@@ -742,20 +743,23 @@ def test_a_reward_that_sleeps_is_cut_off(base_model, tmp_path, monkeypatch, caps
 
 
 def test_numbers_that_are_not_finite_are_null_however_deep(tmp_path):
-    log = RunLog(tmp_path, {})
-    log.write("timings.jsonl", {"step": 1, "seconds": math.inf, "memory/update": 0.1})
-    log.write("samples.jsonl", {"step": 1, "kind": "best", "question": "?", "text": "NaN", "reward": math.nan,
-                                "advantage": -math.inf, "parts": {"answer": math.nan}, "length": 2, "finished": True})  # fmt: skip
-    log.close()
+    with contextlib.ExitStack() as closing:
+        log = OutputDirectory(tmp_path, closing)
+        log.open_log({})
+        log.write("timings.jsonl", {"step": 1, "seconds": math.inf, "memory/update": 0.1})
+        log.write("samples.jsonl", {
+            "step": 1, "kind": "best", "question": "?", "text": "NaN", "reward": math.nan, "advantage": -math.inf,
+            "parts": {"answer": math.nan}, "length": 2, "finished": True,
+        })  # fmt: skip
     assert (tmp_path / "timings.jsonl").read_text() == '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
     assert '"text": "NaN", "reward": null, "advantage": null, "parts": {"answer": null}' in (tmp_path / "samples.jsonl").read_text()
 
 
 def test_the_log_of_a_process_that_does_not_write_is_empty():
-    log = NoLog()
+    log = Nowhere()
     log.write("metrics.jsonl", {"step": 1})
     assert (list(log.read("metrics.jsonl")), log.sizes()) == ([], {})
-    log.close()
+    assert not any((log.holds_run(), log.is_lost(), log.is_anothers(), list(log.descriptors())))
 
 
 def test_every_number_of_a_run_stands_in_the_docs(finished_run):
