@@ -15,9 +15,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import episode
+from helpers import episode, random_model
 from test_generate import ROW_BYTES, assert_same_samples, run
 from test_optimizer import SETTINGS, assert_equal, random_grads, random_params, take_steps
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,7 @@ from flat import allocate, flat_gradient, flat_weights, zero_gradient
 from generate import Sampling
 from gpu import GRAPHS_KEPT, StreamedState, row_bucket
 from harness.config import load_config
+from harness.made_up import AnyTokenizer, random_questions, random_reward
 from harness.plan import PROMPT_TOKENS, find_shape, make_plan, step_kernels
 from optimizer import AdamW
 from packing import pack_rows
@@ -321,6 +323,112 @@ def test_streamed_state_is_the_same_whatever_runs_first(order, monkeypatch):
     assert got == wanted
     assert_equal(offloaded, ours)
     assert_equal(streamed.state.values(), resident.state.values())
+
+
+# ---------------------------------------------------------------- everything on one device
+
+CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
+
+
+class PretendedCard(TorchFunctionMode):
+    """What is asked for on "cuda" lies in CPU memory and says that it is on a card. Where a card would refuse to compute with
+    tensors of two devices, so does this."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = weakref.WeakKeyDictionary()  # storage -> device, of what was made in here; autograd makes some unseen
+        self.operations = 0  # on the card
+
+    def place(self, tensor):
+        return self.places.get(tensor.untyped_storage())
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, args, kwargs = func.__name__, list(args), dict(kwargs or {})
+        if name == "__get__" and func.__self__.__name__ == "device":
+            return self.place(args[0]) or HOST
+        if name == "__get__" and func.__self__.__name__ == "is_cuda":
+            return self.place(args[0]) == CARD
+        asked = kwargs.get("device")
+        if name == "to" and (given := [a for a in args if isinstance(a, torch.device | str)]):
+            asked, args, kwargs["copy"] = given[0], [a for a in args if a not in given], True
+        if name == "cpu":
+            func, asked = torch.Tensor.clone, HOST
+        if asked is not None:
+            asked = CARD if torch.device(asked).type == "cuda" else torch.device(asked)
+            kwargs |= {"device": HOST if asked == CARD else asked} if name != "cpu" else {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        places = [self.place(t) for t in tensors]
+        self.operations += CARD in places
+        if CARD in places and HOST in places and not self.mixes(name, tensors, places):
+            raise RuntimeError(f"{name}: tensors on {places}")
+        if name == "mm" and "out_dtype" in kwargs:  # only a card has it
+            out, product = kwargs.get("out"), args[0].to(kwargs["out_dtype"]) @ args[1].to(kwargs["out_dtype"])
+            result = product if out is None else out.copy_(product)
+        else:
+            result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.device.type == "cpu" and self.place(t) is None:
+                t_place = asked or (CARD if CARD in places else HOST if not tensors or HOST in places else None)
+                if t_place is not None:
+                    self.places[t.untyped_storage()] = t_place
+        return result
+
+    def mixes(self, name, tensors, places) -> bool:
+        """Whether a card takes these: a copy, indices from the host, a number without dimensions."""
+        if name in ("copy_", "to"):
+            return True
+        if name == "__getitem__":
+            return places[0] == CARD
+        if name == "__setitem__":
+            return places[0] == CARD and (len(tensors) == 2 or places[-1] == CARD)
+        return all(t.dim() == 0 for t, place in zip(tensors, places, strict=True) if place == HOST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_together_is_on_one_device(dtype, monkeypatch):
+    # Catches: a `.to(device)` or `device=` left out in the samplers, the rows, the loss or the optimizer.
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(gpu.GraphedStep, "works", False)
+    weights = random_model(tied=True)
+
+    def two_steps(device):
+        with torch.device("meta"):
+            model = Transformer(weights.config)
+        allocate(model, device=device, dtype=dtype)
+        flat_weights(model.parameters()).copy_(flat_weights(weights.parameters()))
+        optimizer, seen = AdamW(model.parameters(), lr=1e-3), []
+        for step in range(2):
+            episodes = grpo.rollout(
+                model, AnyTokenizer(97, frozenset(range(0, 97, 9))), random_questions(3, 11, 97), num_answers=5, max_gen_len=21,
+                temperature=0.9, reward_function=random_reward(), generator=torch.Generator().manual_seed(step), cache_bytes=10**5,
+            )  # fmt: skip
+            stats = grpo.update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, temperature=0.9,
+                                       vocab_size=97, micro_batch_tokens=100, checkpoint_layers=1)
+            assert stats.logprob_diff_mean < (1e-5 if dtype == torch.float32 else 0.02)
+            one = module.generate_one(model, [1, 2, 3], Sampling(9, 0.9, 97, frozenset({96})), torch.linspace(0, 0.9, 9))
+            seen.append(([e.response_token_ids for e in episodes], stats.loss, list(one)))
+        return seen, flat_weights(model.parameters()).cpu()
+
+    with PretendedCard() as card:
+        seen, trained = two_steps("cuda")
+    assert card.operations > 1000
+    if dtype == torch.float32:  # in bf16 a card has other logits
+        wanted, expected = two_steps("cpu")
+        assert seen == wanted
+        torch.testing.assert_close(trained, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("refused", "mix"), [
+    (True, lambda card, host: card + host), (True, lambda card, host: host[card.long()]),
+    (True, lambda card, host: torch.mm(card[None], host[:, None])), (True, lambda card, host: card.masked_fill_(host > 0, 1.0)),
+    (False, lambda card, host: card + host[0]), (False, lambda card, host: card[host.long()]),
+    (False, lambda card, host: card.copy_(host)), (False, lambda card, host: card + host.to(card.device)),
+])  # fmt: skip
+def test_a_pretended_card_refuses_what_a_card_does(refused, mix):
+    with PretendedCard():
+        card, host = torch.zeros(3, device="cuda"), torch.zeros(3)
+        with pytest.raises(RuntimeError, match="tensors on") if refused else nullcontext():
+            assert mix(card, host).is_cuda
 
 
 # ---------------------------------------------------------------- memory at the shape of the main job, on the meta device
