@@ -6,6 +6,7 @@ Whether a card's own kernels are right is for `pytest -m gpu` and `train.py --ch
 
 import gc
 import itertools
+import json
 import math
 import random
 import warnings
@@ -26,9 +27,11 @@ import generate as module
 import gpu
 import grpo
 import optimizer as optimizer_module
+import train
 from flat import allocate, flat_gradient, flat_weights, zero_gradient
 from generate import Sampling
 from gpu import GRAPHS_KEPT, StreamedState, row_bucket
+from harness import check
 from harness.config import load_config
 from harness.made_up import AnyTokenizer, random_questions, random_reward
 from harness.plan import PROMPT_TOKENS, find_shape, make_plan, step_kernels
@@ -350,12 +353,12 @@ class PretendedCard(TorchFunctionMode):
             return self.place(args[0]) == CARD
         asked = kwargs.get("device")
         if name == "to" and (given := [a for a in args if isinstance(a, torch.device | str)]):
-            asked, args, kwargs["copy"] = given[0], [a for a in args if a not in given], True
+            asked, args, kwargs["copy"] = given[0], [HOST if isinstance(a, torch.device | str) else a for a in args], True
         if name == "cpu":
             func, asked = torch.Tensor.clone, HOST
         if asked is not None:
             asked = CARD if torch.device(asked).type == "cuda" else torch.device(asked)
-            kwargs |= {"device": HOST if asked == CARD else asked} if name != "cpu" else {}
+            kwargs |= {"device": HOST if asked == CARD else asked} if "device" in kwargs else {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         places = [self.place(t) for t in tensors]
         self.operations += CARD in places
@@ -416,6 +419,46 @@ def test_what_is_computed_together_is_on_one_device(dtype, monkeypatch):
         wanted, expected = two_steps("cpu")
         assert seen == wanted
         torch.testing.assert_close(trained, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    """CUDA as far as it only says something, and no recordings."""
+    said = {
+        "is_available": True, "is_initialized": True, "device_count": 1, "get_device_name": "pretended card", "synchronize": None,
+        "get_device_capability": (8, 6), "mem_get_info": (2**33, 2**33), "memory_reserved": 0, "memory_allocated": 0,
+        "max_memory_allocated": 2**20, "reset_peak_memory_stats": None, "graph_pool_handle": 0,
+    }  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(gpu.GraphedStep, "works", False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    with PretendedCard() as card:
+        yield card
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_check_compares_is_on_one_device_and_agrees(dtype, tmp_path, pretended_card):
+    # Catches: `.to("cpu", …)` of the gradient left out; the row not moved to the device.
+    config = load_config("config_tiny.yaml", ["model.device=cuda", f"model.dtype={dtype}", f"output_dir={tmp_path}/run"])
+    shape = find_shape("models/tiny")
+    results = [*check._compare_with_cpu(config, shape), *check._step_save_and_go_on(config, shape, make_plan(config, shape))]
+    assert len(results) == (7 if dtype == "float32" else 8)
+    assert all(found <= bound for _, found, bound in results)
+
+
+def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(tmp_path, pretended_card, own_signals, capsys):
+    # Catches: the state of a checkpoint not copied to the device.
+    command = ["--config", "config_tiny.yaml", "model.device=cuda", "model.dtype=bfloat16", f"output_dir={tmp_path}/run",
+               "training.batch_size=8", "training.num_questions_per_batch=2", "data.test_size=4",
+               "training.max_gen_len=64"]
+    assert train.main([*command, "training.max_steps=4"]) == 0
+    assert train.main([*command, "training.max_steps=5", "--resume"]) == 0
+    assert "rollout: 0.00 GiB at the peak" in capsys.readouterr().out
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if "loss" in s] == [1, 2, 3, 4, 5]
+    assert all(s["sampling/logp_difference_mean"] < 1e-3 for s in steps if "loss" in s)
+    assert pretended_card.operations > 10_000
 
 
 @pytest.mark.parametrize(("refused", "mix"), [
