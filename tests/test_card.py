@@ -12,6 +12,7 @@ import random
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -423,7 +424,7 @@ def test_what_is_computed_together_is_on_one_device(dtype, monkeypatch):
 
 @pytest.fixture
 def pretended_card(monkeypatch):
-    """CUDA as far as it only says something, and no recordings."""
+    """CUDA as far as it only says something, no recordings, and streams that run everything at once."""
     said = {
         "is_available": True, "is_initialized": True, "device_count": 1, "get_device_name": "pretended card", "synchronize": None,
         "get_device_capability": (8, 6), "mem_get_info": (2**33, 2**33), "memory_reserved": 0, "memory_allocated": 0,
@@ -431,6 +432,9 @@ def pretended_card(monkeypatch):
     }  # fmt: skip
     for name, value in said.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(gpu, "page_lock", lambda tensor: None)
     monkeypatch.setattr(gpu.GraphedStep, "works", False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     with PretendedCard() as card:
@@ -447,10 +451,11 @@ def test_what_check_compares_is_on_one_device_and_agrees(dtype, tmp_path, preten
     assert all(found <= bound for _, found, bound in results)
 
 
-def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(tmp_path, pretended_card, own_signals, capsys):
-    # Catches: the state of a checkpoint not copied to the device.
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(offload, tmp_path, pretended_card, own_signals, capsys):
+    # Catches: the state of a checkpoint not copied to the device; a piece of an offloaded state used where it lives.
     command = ["--config", "config_tiny.yaml", "model.device=cuda", "model.dtype=bfloat16", f"output_dir={tmp_path}/run",
-               "training.batch_size=8", "training.num_questions_per_batch=2", "data.test_size=4",
+               f"optimizer.offload={offload}", "training.batch_size=8", "training.num_questions_per_batch=2", "data.test_size=4",
                "training.max_gen_len=64"]
     assert train.main([*command, "training.max_steps=4"]) == 0
     assert train.main([*command, "training.max_steps=5", "--resume"]) == 0
