@@ -7,7 +7,7 @@
 
 How this departs from the paper, and why:
 1. One step a batch, so the policy that samples is the policy that learns, up to rounding, which is measured: the importance ratio
-   is 1, its gradient is that of log π, and there is nothing to clip.
+   π / π_sampler is 1, the gradient of the ratio is that of log π, and there is nothing to clip.
 2. No KL term and no reference model, as in DAPO (arXiv:2503.14476): the reward is a rule, no learned model that could be exploited.
 3. Every response token weighs the same (DAPO's token-level loss, here over the whole batch): with a mean per answer a token of a
    short answer would weigh more than one of a long answer.
@@ -15,7 +15,8 @@ How this departs from the paper, and why:
    group's statistics: leaving them out there would shift the mean that the others are compared with.
 
 An episode is one answer with its reward; a row is a micro-batch: prompts and answers in one sequence, where a token sees only its
-own prompt and answer (packing.py). `watch` looks on, hears signals, and knows the processes that share the work (data_types.py).
+own prompt and answer (packing.py). `watch` shows progress, raises where a signal asks to stop, and knows the processes that share
+the work (data_types.py).
 Dimension key: N questions, M answers a question, S tokens of a packed row, P response tokens in it, C of a chunk of them,
                E hidden size, V rows of the head, of which the first vocab_size stand for tokens.
 """
@@ -34,9 +35,9 @@ from packing import Row, attend_within, pack_rows
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-# Logits of a chunk of the loss in float32; their gradient, where it is of a narrower type, comes on top. Larger: fewer additions
-# to the head's gradient, which round in bf16 (over 40,000 tokens it is 2.5 % off the exact one at 64 MB, 1.9 % at 160; the
-# products alone leave 1.3 %). Smaller: less memory.
+# Of the float32 logits of a chunk of the loss; a bf16 copy for their gradient comes on top. Smaller: less memory. Larger: fewer
+# additions to the head's gradient, which round in bf16: relative to the exact gradient of 40,000 tokens it is 2.5 % off at 64 MB,
+# 1.9 % at 160, and 1.3 % by the rounding of the products alone.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
@@ -51,9 +52,9 @@ def rollout(
     """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
-    max_gen_len response tokens, whatever its prompt's length; one that is cut off there is scored as it stands. cache_bytes: see
-    generate. Of several processes each samples and scores the answers to its part of the questions, with the random numbers that
-    one alone would use for them, and all get all episodes.
+    max_gen_len response tokens, whatever its prompt's length; one that is cut off there is scored as it stands.
+    cache_bytes: what the KV cache may take. Of several processes each samples and scores the answers to its part of the questions,
+    and all get all episodes. Neither changes by which random number a token is drawn.
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
     prompts, processes = [question.prompt_token_ids for question in questions], watch.processes
@@ -95,7 +96,7 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def episode_advantages(episodes: list[Episode]) -> list[float]:
-    """The advantage of each episode within its group, unfinished ones included. Episodes may come in any order and number."""
+    """The advantage of each episode within its group, unfinished ones included. In any order, at least two a group."""
     rewards: dict[int, list[float]] = {}
     for e in episodes:
         rewards.setdefault(e.question_id, []).append(e.reward.total)
@@ -124,6 +125,7 @@ def row_loss(
     """
     attend = attend_within(row, model.config, model.head_weight_VE.dtype)
     hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
+    # sources_P: where the hidden states stand that predict targets_P, one token before them.
     return ChunkedLoss.apply(hidden_1SE[0, row.sources_P], model, row, num_tokens, temperature, vocab_size)
 
 
@@ -144,13 +146,13 @@ class ChunkedLoss(torch.autograd.Function):
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
         # Made once for all chunks, because buffers that come and go in many sizes scatter over the heap: it grew by 0.8 GiB.
         # Logits and gradient may be of a narrower type than the probabilities between them.
-        narrow_CV = head_VE.new_empty((min(size, len(hidden_PE)), len(head_VE)), requires_grad=False)
+        narrow_CV = head_VE.new_empty((min(size, len(hidden_PE)), len(head_VE)))
         wide_CV = narrow_CV.to(torch.promote_types(head_VE.dtype, torch.float32))
         chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
         for chunk, hidden_CE, grad_hidden_CE in chunks:  # chunk: the row with C of its P tokens
             targets_C1, C = chunk.targets_P[:, None], len(hidden_CE)
             logits_CV = model.logits(hidden_CE, out=(wide_CV if head_VE.is_cuda else narrow_CV)[:C])
-            logprobs_CV = log_probs(wide_CV[:C].copy_(logits_CV), temperature, vocab_size)
+            logprobs_CV = log_probs(wide_CV[:C].copy_(logits_CV), temperature, vocab_size)  # in place; a card's product is wide
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
                 loss = token_loss(logprobs_C, chunk, num_tokens)
@@ -168,7 +170,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _):
         if grad_loss != 1:
-            raise ValueError(f"the loss of a row was multiplied by {float(grad_loss):g}; do it in token_loss, which autograd sees")
+            raise ValueError(f"the head had its gradient when the loss was multiplied by {float(grad_loss):g}; do it in token_loss")
         return ctx.grad_hidden_PE, None, None, None, None, None
 
 
@@ -188,7 +190,7 @@ def update_policy(
     checkpoint_layers: so many layers keep less and are run twice (activation checkpointing, Transformer.hidden_states).
     Makes no step, and says why in `skipped`, where nothing is kept, every kept advantage or the gradient is 0, or a number is not
     finite; broken_questions then names the questions behind it, or all that were learned from where only the norm of the gradient
-    is not finite. If watch raises, weights and optimizer are as they were.
+    is not finite. If watch.advance raises, weights and optimizer are as they were.
 
     Several processes (watch.processes, those of the optimizer) divide the rows among them, and the sum of their gradients is the
     gradient. All see the whole loss and the whole norm, so all decide alike; each then updates its part of the weights, and
@@ -219,16 +221,14 @@ def update_policy(
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
             del loss, logprobs_P, row  # freed now, or they scatter the next row's activations over the memory
 
-    results = sorted(processes.share(results), key=lambda result: result[0])  # one order of adding, whoever ran which row
+    results = sorted(processes.share(results), key=lambda result: result[0])  # added in one order, whoever ran which row
     total_loss = sum(loss for _, loss, _ in results)
     broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
     own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # a view of its part
     grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
-    difference_P = torch.cat([difference_P for _, _, difference_P in results])
-    stats = UpdateStats(
-        loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens,
-        logprob_diff_mean=float(difference_P.mean()), logprob_diff_max=float(difference_P.max()),
-    )  # fmt: skip
+    differences = torch.cat([differences for _, _, differences in results])
+    stats = UpdateStats(loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens, logprob_diff_mean=float(differences.mean()),
+                        logprob_diff_max=float(differences.max()))
     if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
         broken = broken or {e.question_id for e, _ in learned}
         stats = replace(stats, skipped="the loss or the gradient is not finite", broken_questions=sorted(broken))
@@ -236,12 +236,12 @@ def update_policy(
         stats = replace(stats, skipped="the gradient is 0")
     else:
         if grad_norm > max_grad_norm:
-            own_gradient.mul_(max_grad_norm / grad_norm)
+            own_gradient.mul_(max_grad_norm / grad_norm)  # in place, where the optimizer finds it
         with watch.part("optimizer", 1):
             changed = optimizer.step()
-        stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # only our AdamW says how many changed
+        stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # our AdamW says what share has changed
         stats = replace(stats, weights_changed=stored, weights_changed_fp32=exact)
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # gives its memory back
     return stats
 
 

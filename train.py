@@ -7,9 +7,9 @@ update raises the log-probability of each token in proportion to its answer's ad
 group takes the place of a value network; with one step a batch there is no ratio to clip; why there is no KL term: grpo.py.
 
 Everything else about a run is the business of `run` (harness/run.py): it locks the output directory, writes logs and checkpoints,
-and leaves the `with` block by an exception, which it catches itself, where a signal asks it to stop. A resumed run goes on from its
-last good checkpoint: it cuts its logs back to that step and makes the steps after it again, with the same result, because all that
-is random follows from training.seed, a purpose and the step (in an evaluation: from the first two).
+and where a signal asks it to stop it raises an exception that ends the `with` block and no more. A resumed run goes on from its
+last good checkpoint: it cuts its logs back to that step and makes the steps after it again, on a CPU with the same result to the
+bit, because all that is random follows from training.seed, a purpose and the step (in an evaluation: from the first two).
 """
 
 import sys
@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 128 + n for signal n."""
+    """Exit code: 0, 1 for a run that had to stop (the disk is full), 2 for what the user can mend, 128 + n for signal n."""
     with Run() as run:
         config = run.open(argv)
         training, task = config.training, run.task
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]
         run.begin(model, tokenizer, optimizer, held_out)  # checks that they fit together; a resumed run's optimizer gets its state
-        num_answers = training.batch_size // training.num_questions_per_batch  # of a group; a batch is so many answers
+        num_answers = training.batch_size // training.num_questions_per_batch  # of a group: batch_size counts answers
 
         def evaluate(step: int) -> None:
             """One answer to each held-out question, at temperature 1, with the same random numbers each time."""
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
         for step in run.steps():
             if (step - 1) % training.eval_interval == 0:
-                evaluate(step - 1)  # the model after so many updates
+                evaluate(step - 1)  # the model after step - 1; a resumed run does it again, its line has been cut off
             problems = draw_problems(train_problems, step, count=training.num_questions_per_batch, seed=training.seed)
             questions = [make_question(task, problem, tokenizer) for problem in problems]
             with run.phase("rollout") as watch:
