@@ -246,6 +246,6 @@ def update_policy(
 
 
 def _no_step(num_tokens: int, reason: str, broken: Iterable[int] = ()) -> UpdateStats:
-    """Before anything is computed: with advantages of 0 loss and gradient are 0, with broken numbers they are unknown."""
-    unknown = math.nan if broken else 0.0
-    return UpdateStats(loss=unknown, grad_norm=unknown, num_tokens=num_tokens, skipped=reason, broken_questions=sorted(broken))
+    """Where nothing is computed: all is 0 without a token that counts and an advantage, and unknown with a broken number."""
+    value = math.nan if broken else 0.0
+    return UpdateStats(value, value, num_tokens, value, value, skipped=reason, broken_questions=sorted(broken))

@@ -9,7 +9,7 @@ group takes the place of a value network; with one step a batch there is no rati
 Everything else about a run is the business of `run` (harness/run.py): it locks the output directory, writes logs and checkpoints,
 and where a signal asks it to stop it raises an exception that ends the `with` block and no more. A resumed run goes on from its
 last good checkpoint: it cuts its logs back to that step and makes the steps after it again, on a CPU with the same result to the
-bit, because all that is random follows from training.seed, a purpose and the step (in an evaluation: from the first two).
+bit, because all that is random follows from the seeds, a purpose and the step (in an evaluation: from the first two).
 """
 
 import sys
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]
-        run.begin(model, tokenizer, optimizer, held_out)  # checks that they fit together; a resumed run's optimizer gets its state
-        num_answers = training.batch_size // training.num_questions_per_batch  # of a group: batch_size counts answers
+        run.begin(model, tokenizer, optimizer, held_out)  # they fit together, or it raises; restores the optimizer
+        num_answers = training.batch_size // training.num_questions_per_batch  # to each question; batch_size counts answers
 
         def evaluate(step: int) -> None:
             """One answer to each held-out question, at temperature 1, with the same random numbers each time."""

@@ -33,6 +33,7 @@ class OutputDirectory:
     def __init__(self, path: Path, closing: contextlib.ExitStack):
         """Raises ValueError if another process holds it, or if it cannot be a directory."""
         self.path, self._closing, self._files, self._opened = path, closing, {}, contextlib.ExitStack()
+        self._show = lambda name, record: None  # on TensorBoard
         made = [directory for directory in (path, *path.parents) if not directory.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,6 @@ class OutputDirectory:
             file = self._files[name] = self._opened.enter_context(open(self.path / name, "a+b"))  # noqa: SIM115
             file.seek(0)
             file.truncate(file.read()[: sizes.get(name, 0)].rfind(b"\n") + 1)
-        self._show = lambda name, record: None
         with contextlib.suppress(ImportError):  # the dependency group "log" is not installed
             self._show = _Board(self.path / "tensorboard", self._opened).show
         for name in FILES:
@@ -115,7 +115,7 @@ class OutputDirectory:
 
 
 class Nowhere:
-    """Of a process that does not write, because the first one does: whatever is called does nothing, and says no, 0 or nothing."""
+    """Of a process that does not write, because the first one does: whatever is called does nothing, and says no or nothing."""
 
     def __getattr__(self, method: str) -> Callable[..., dict]:
         return lambda *_: {}

@@ -137,9 +137,10 @@ class Run:
             say(f"output_dir={self.directory} holds no run yet: starting one")  # a launcher starts again with the same command
             arguments.resume, config = False, load_config(arguments.config, overrides)
         self.place, self.saved_state = Place(step=0, optimizer_steps=0, log_sizes={}, config={}), None
-        self.source = Path(config.model.path)
         if arguments.resume:
             config = load_config(own_config, overrides).model_copy(update={"output_dir": str(self.directory)})
+        self.source = Path(config.model.path)
+        if arguments.resume:
             self._find_place(load_config(own_config), config)
         _prepare_process(config)
         self.config, self.task = config, load_task(config.task)
@@ -220,6 +221,7 @@ class Run:
         self.saved_step, self.skipped_in_a_row = self.first, 0
         self.watches: dict[str, console.PhaseWatch] = {}  # of each phase, the latest
         self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
+        self.processes.share([])  # all have begun, or none
         self.has_begun = True
         say(f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
             f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps"

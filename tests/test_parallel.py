@@ -327,6 +327,16 @@ def test_what_ends_one_process_ends_all_with_one_message(what, who, said, base_m
 
 
 @pytest.mark.slow
+def test_a_log_that_the_first_process_cannot_open_ends_all_with_one_message(base_model, tmp_path):
+    # Catches: the others, for whom the run has begun, meet to save it, and the first is not there.
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    output = output_of(launch(2, tmp_path / "run", base_model), code=None)
+    assert len(told := own_lines(output)) == 1, output
+    assert "metrics.jsonl" in told[0]
+    assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {"2"}, output
+
+
+@pytest.mark.slow
 def test_the_launcher_starts_again_and_the_run_is_the_same(base_model, tmp_path):
     # Catches: --resume that refuses where there is no run yet.
     (tmp_path / "trouble_task.py").write_text(TROUBLE)

@@ -557,6 +557,20 @@ def test_two_runs_cannot_share_a_directory(finished, base_model, tmp_path, capsy
     assert train.main(arguments) == 0
 
 
+def test_a_run_without_a_checkpoint_starts_over_from_its_own_model(finished, tmp_path, capsys):
+    # Catches: the model of --config, or of the run where the command line names another.
+    directory, _ = finished
+    before = (directory / "metrics.jsonl").read_text()
+    shutil.rmtree(directory / "checkpoints")
+    (tmp_path / "other.yaml").write_text(f"extends: {ROOT}/config_tiny.yaml\nmodel: {{path: absent}}\n")
+    arguments = ["--config", f"{tmp_path}/other.yaml", "--resume", f"output_dir={directory}"]
+    assert train.main([*arguments, "model.path=elsewhere"]) == 2
+    assert "model.path=elsewhere does not exist" in capsys.readouterr().err
+    assert train.main(arguments) == 0
+    assert "no checkpoint yet: starting over" in capsys.readouterr().out
+    assert (directory / "metrics.jsonl").read_text() == before
+
+
 def test_a_run_is_never_overwritten(finished, base_model, capsys):
     directory, _ = finished
     assert train.main(command(directory, base_model)) == 2
