@@ -69,7 +69,7 @@ def main(argv: list[str] | None) -> None:
     if config.model.device == "cpu":
         cpu.prepare_process()
     elif reason := why_no_card():
-        raise ValueError(f"{reason}; or add model.device=cpu (for the model of the tiny run: --config config_tiny.yaml)")
+        raise ValueError(f"{reason}; add model.device=cpu, or for the model of the tiny run --config config_tiny.yaml")
     task, training = load_task(config.task), config.training
     reward = guard_reward(task.reward_function, timeout=training.reward_timeout, errors=training.reward_errors)
     if arguments.ask is not None:
@@ -85,7 +85,7 @@ def locate_model(path: str) -> tuple[Path, Path | None]:
     if not (directory / "config.json").exists():
         found = newest_good(directory / "checkpoints")
         if found is None:
-            raise FileNotFoundError(f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint")
+            raise FileNotFoundError(f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint yet")
         return found[0], directory / "config.yaml"
     if (directory / COMPLETE).exists():
         try:

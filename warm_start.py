@@ -78,7 +78,8 @@ def main(argv: list[str] | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
         make_base_model(Path(aside, "model"), steps=arguments.steps, seed=arguments.seed)
         Path(aside, "model").rename(out)
-    print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out}")
+    print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out} "
+          f"output_dir=runs/{out.name}")
 
 
 def make_base_model(directory: Path, *, steps: int, seed: int) -> None:

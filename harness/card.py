@@ -23,7 +23,7 @@ def describe(device: str) -> str:
     """What the program runs on, and what is free."""
     versions, free = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}", free_bytes(torch.device(device)) / GIB
     if device == "cpu":
-        return f"{versions}; {torch.get_num_threads()} threads, {free:.1f} GiB free"
+        return f"{versions}; threads: {torch.get_num_threads()}, {free:.1f} GiB free"
     return (f"{versions}, CUDA {torch.version.cuda}, driver {driver_version() or 'unknown'}; {torch.cuda.get_device_name()}, "
             f"{free:.1f} of {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB free")
 

@@ -59,7 +59,8 @@ def check(config: Config, shape: Qwen2Config, plan: Plan, *, cards: int = 1) -> 
     say(f"a step, carried over from {layers[0]} and {most} to {shape.num_hidden_layers} layers: "
         + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items()) + f"; {assumptions(config)}")
     total, steps = sum(parts.values()), config.training.max_steps
-    expected = f"about {total:.{0 if total >= 10 else 1}f} s a step, {duration(total * steps)} for {steps:,} steps"
+    expected = (f"about {total:.{0 if total >= 10 else 1}f} s a step, {duration(total * steps)} for {steps:,} steps, "
+                "if answers get as long as assumed")
     if wrong:
         return f"check: what must agree does not: {'; '.join(wrong)}; else {expected}"
     say(f"check: all agrees; {expected}")

@@ -112,8 +112,8 @@ def heading() -> str:
 
 
 def row(metrics: dict) -> str:
-    """One step. A metric that the step lacks is shown as nan."""
-    cells = (form.format(metrics.get(name, float("nan"))) for name, form in COLUMNS.values())
+    """One step; "-" for a metric that it lacks."""
+    cells = (form.format(metrics[name]) if name in metrics else f"{'-':>{len(form.format(0))}}" for name, form in COLUMNS.values())
     return " ".join(cells) + (f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else "")
 
 

@@ -178,7 +178,8 @@ class Run:
             if key.startswith(FIXED_KEYS):
                 raise ValueError(f"{key} was {before!r} in the run to resume and is {now!r} now; it cannot change: restore it, or "
                                  "start a new run with another output_dir=…")
-            say(f"note: {key} changes from {before!r} to {now!r}")
+            kept = ", but the weights are those of the checkpoint" if found and key == "model.path" else ""
+            say(f"note: {key} changes from {before!r} to {now!r}{kept}")
         if self.place.step > new.training.max_steps:
             raise ValueError(f"the run is at step {self.place.step}, beyond training.max_steps={new.training.max_steps}; raise it")
 
