@@ -557,6 +557,14 @@ def test_two_runs_cannot_share_a_directory(finished, base_model, tmp_path, capsy
     assert train.main(arguments) == 0
 
 
+def test_another_model_has_no_effect_beside_a_checkpoint_and_that_is_said(finished, capsys):
+    directory, arguments = finished
+    before = (directory / "checkpoints/step-000004/model.safetensors").read_bytes()
+    assert train.main([*arguments, "model.path=elsewhere", "training.max_steps=4"]) == 0
+    assert "to 'elsewhere', but the weights are those of the checkpoint" in capsys.readouterr().out
+    assert (directory / "checkpoints/step-000004/model.safetensors").read_bytes() == before
+
+
 def test_a_run_without_a_checkpoint_starts_over_from_its_own_model(finished, tmp_path, capsys):
     # Catches: the model of --config, or of the run where the command line names another.
     directory, _ = finished
