@@ -22,7 +22,7 @@ Dimension key: N questions, M answers a question, S tokens of a packed row, P re
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -203,9 +203,10 @@ def update_policy(
     learned = [(e, advantage) for e, advantage in kept if advantage != 0]
     num_tokens = sum(len(e.response_token_ids) for e, _ in kept)
     if broken := {e.question_id for e in episodes if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs)))}:
-        return _no_step(num_tokens, "a reward or a sampled log-probability is not finite", broken)
+        return UpdateStats(math.nan, math.nan, num_tokens, math.nan, math.nan, broken_questions=sorted(broken),
+                           skipped="a reward or a sampled log-probability is not finite")
     if not learned:
-        return _no_step(num_tokens, "every kept answer has advantage 0" if kept else "no answer is finished")
+        return UpdateStats(0.0, 0.0, num_tokens, skipped="every kept answer has advantage 0" if kept else "no answer is finished")
 
     gradient = zero_gradient(model.parameters())  # one flat tensor, of which every parameter's .grad is a view
     rows = list(pack_rows(learned, micro_batch_tokens, processes.size))
@@ -243,9 +244,3 @@ def update_policy(
         stats = replace(stats, weights_changed=stored, weights_changed_fp32=exact)
     optimizer.zero_grad()  # gives its memory back
     return stats
-
-
-def _no_step(num_tokens: int, reason: str, broken: Iterable[int] = ()) -> UpdateStats:
-    """Where nothing is computed: all is 0 without a token that counts and an advantage, and unknown with a broken number."""
-    value = math.nan if broken else 0.0
-    return UpdateStats(value, value, num_tokens, value, value, skipped=reason, broken_questions=sorted(broken))
