@@ -187,7 +187,7 @@ class Decoder:
         self.ended_A = torch.zeros(answers + 1, dtype=torch.bool, device=device)
         self.ended_A[-1] = True
         self.answers_R = torch.full((slots,), answers, device=device)  # which answer a slot decodes
-        self.in_use, self.waiting = 0, list(range(answers))
+        self.in_use, self.waiting_A = 0, torch.arange(answers, device=device)
         # Neither knows the decoder: a reference back would keep cache and graphs alive until the garbage collector runs.
         self.step = GraphedStep() if on_cuda else Decoder._step
         self.turn_over()
@@ -199,16 +199,16 @@ class Decoder:
         holes = [slot for slot in range(alive) if ended[slot]]
         movers = [slot for slot in range(alive, self.in_use) if not ended[slot]]
         if holes:
-            holes_R, movers_R = self._indices(holes), self._indices(movers)
+            holes_R, movers_R = self.answers_R.new_tensor(holes), self.answers_R.new_tensor(movers)
             self.cache.copy_rows(self.cache, movers_R, holes_R, self.cache.span)
             self.answers_R[holes_R] = self.answers_R[movers_R]
         room = len(self.answers_R) - alive
-        admitted, self.waiting = self._indices(self.waiting[:room]), self.waiting[room:]
-        self.in_use = alive + len(admitted)
-        if len(admitted):
-            slots_R = torch.arange(alive, self.in_use, device=admitted.device)
-            self.cache.copy_rows(self.prefilled, admitted // self.num_answers, slots_R, self.prefilled.keys_LBKCD.shape[3])
-            self.answers_R[slots_R] = admitted
+        admitted_R, self.waiting_A = self.waiting_A[:room], self.waiting_A[room:]
+        self.in_use = alive + len(admitted_R)
+        if len(admitted_R):
+            slots = slice(alive, self.in_use)
+            self.cache.copy_rows(self.prefilled, admitted_R // self.num_answers, slots, self.prefilled.keys_LBKCD.shape[3])
+            self.answers_R[slots] = admitted_R
         self.answers_R[self.in_use :] = len(self.ended_A) - 1  # nobody's
         self.cache.span = int(self.cache.lengths_B[: self.in_use].max()) if self.in_use else 0
         return len(ended) - alive
@@ -234,9 +234,6 @@ class Decoder:
         self.entropies_AG[answers_R, lengths_R] = entropies_R
         self.lengths_A[answers_R] = lengths_R + active_R
         self.ended_A[answers_R] = ~active_R | self.is_stop_V[ids_R] | (lengths_R + 1 >= self.sampling.max_gen_len)
-
-    def _indices(self, items: list[int]) -> Tensor:
-        return torch.tensor(items, dtype=torch.long, device=self.answers_R.device)
 
     def samples(self) -> list[Sample]:
         lengths, ids = self.lengths_A[:-1].tolist(), self.ids_AG[:, 1:].tolist()

@@ -159,7 +159,7 @@ class KVCache:
     def bytes_per_token(config: Qwen2Config, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor, columns: int) -> None:
+    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor | slice, columns: int) -> None:
         """Let `rows` here hold what `source_rows` hold there, `columns` positions of it."""
         for target_LBKCD, origin_LBKCD in ((self.keys_LBKCD, source.keys_LBKCD), (self.values_LBKCD, source.values_LBKCD)):
             for target_BKCD, origin_BKCD in zip(target_LBKCD, origin_LBKCD, strict=True):  # a layer at a time: a copy comes between
