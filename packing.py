@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_types import Episode
-from qwen2_model import Attend, Qwen2Config
+from qwen2_model import Attend, Qwen2Config, attend_folded
 
 KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
 
@@ -104,8 +104,7 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
 def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     """The attention of a row: its segments side by side, each with its prompt's keys before its own.
 
-    config, dtype: the model's. Segments of like length form a batch, so that a long one does not stretch them all. As in the KV
-    cache, the query heads that share a key head are folded into the query length.
+    config, dtype: the model's. Segments of like length form a batch, so that a long one does not stretch them all.
     """
     device, R = row.tokens_S.device, config.num_attention_heads // config.num_key_value_heads
     batches: dict[int, list[Segment]] = {}
@@ -121,14 +120,12 @@ def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     back_S = back_S.to(device)
 
     def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
-        (H, _, D), K = q_1HSD.shape[1:], k_1KSD.shape[1]
         outputs = []
         for own_GQ, keys_GC, bias_G1XC in layouts:  # X = R * Q
-            G, Q = own_GQ.shape
             q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
             k_GKCD, v_GKCD = (x[0][:, keys_GC].transpose(0, 1) for x in (k_1KSD, v_1KSD))
-            out_GKXD = F.scaled_dot_product_attention(q_GHQD.reshape(G, K, -1, D), k_GKCD, v_GKCD, attn_mask=bias_G1XC)
-            outputs.append(out_GKXD.reshape(G, H, Q, D).transpose(0, 1).reshape(1, H, -1, D))
+            out_GHQD = attend_folded(q_GHQD, k_GKCD, v_GKCD, bias_G1XC)
+            outputs.append(out_GHQD.transpose(0, 1).flatten(1, 2)[None])
         return torch.cat(outputs, dim=2)[:, :, back_S]
 
     return attend

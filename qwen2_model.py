@@ -138,6 +138,14 @@ def attend_causally(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) 
     return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
 
 
+def attend_folded(q_BHSD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, bias_B1QC: Tensor) -> Tensor:
+    """Attention with the query heads that share a key head folded into the query length, Q = R * S: (B, K, Q, D) against
+    (B, K, C, D) reads each key once instead of R times, and lets a mask be used with kernels that refuse grouped heads.
+    """
+    q_BKQD = q_BHSD.reshape(len(q_BHSD), k_BKCD.shape[1], -1, q_BHSD.shape[3])
+    return F.scaled_dot_product_attention(q_BKQD, k_BKCD, v_BKCD, attn_mask=bias_B1QC).reshape(q_BHSD.shape)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, one row a sequence, each row with its own length.
 
@@ -171,11 +179,7 @@ class KVCache:
         return min(-(-(self.span + num_tokens) // SPAN) * SPAN, self.keys_LBKCD.shape[3])
 
     def extend(self, rows: slice, num_tokens: int) -> tuple[Tensor, Attend]:
-        """Make room for `num_tokens` more in these rows: their positions, and the attention over all.
-
-        The query heads that share a key head are folded into the query length: (B, K, R * S, D) against (B, K, C, D)
-        reads each cached key once instead of R times.
-        """
+        """Make room for `num_tokens` more in these rows: their positions, and the attention over all."""
         max_len = self.keys_LBKCD.shape[3]
         if self.span + num_tokens > max_len:
             raise ValueError(f"the KV cache holds {max_len} tokens a row, {self.span} are used and {num_tokens} more do "
@@ -192,11 +196,7 @@ class KVCache:
             keys_BKCD, values_BKCD = self.keys_LBKCD[layer, rows], self.values_LBKCD[layer, rows]
             keys_BKCD[rows_B1, :, positions_BS] = k_BKSD.transpose(1, 2)
             values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
-            B, H, S, D = q_BHSD.shape
-            q_BKQD = q_BHSD.reshape(B, k_BKSD.shape[1], -1, D)
-            out_BKQD = F.scaled_dot_product_attention(q_BKQD, keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns],
-                                                      attn_mask=bias_B1QC)
-            return out_BKQD.reshape(B, H, S, D)
+            return attend_folded(q_BHSD, keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], bias_B1QC)
 
         return positions_BS, attend
 
