@@ -11,7 +11,8 @@ Dimension key: S tokens of a row, P scored response tokens, G segments (prompts 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,7 @@ from qwen2_model import Attend, Qwen2Config, attend_folded
 KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A prompt or an answer within a row: where it stands, and the prompt that it sees (for a prompt: nothing)."""
 
     start: int
@@ -133,7 +133,7 @@ def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
 
 def _lay_side_by_side(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where a batch of segments finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
-    start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor([astuple(segment) for segment in segments]).T[:, :, None]
+    start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor(segments).T[:, :, None]
     steps_Q, steps_L = torch.arange(int(length_G1.max())), torch.arange(int(prompt_length_G1.max()))
     own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a segment's end: its last token again, which nobody sees
     prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
