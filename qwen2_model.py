@@ -121,19 +121,6 @@ class RunTwice(torch.autograd.Function):
         return x_BSE.grad, None, None
 
 
-class Backbone(nn.Module):
-    """The part that checkpoints call `model.`: everything but an untied head."""
-
-    def __init__(self, config: Qwen2Config):
-        super().__init__()
-        weight_VE = torch.empty(config.vocab_size, config.hidden_size)
-        if not weight_VE.is_meta:  # drawing on the meta device imports nine hundred modules: 5 s and 150 MB
-            nn.init.normal_(weight_VE)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight_VE, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 def attend_causally(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
 
@@ -207,7 +194,14 @@ class Transformer(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.model = Backbone(config)
+        weight_VE = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight_VE.is_meta:  # drawing on the meta device imports nine hundred modules: 5 s and 150 MB
+            nn.init.normal_(weight_VE)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding.from_pretrained(weight_VE, freeze=False),
+            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        })
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
