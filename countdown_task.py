@@ -57,8 +57,7 @@ def reward_function(response: str, numbers: Sequence[int], target: int) -> Rewar
     """Score a response that continues the prompt's "<think>". Takes any string; never raises; bounded time."""
     response = STOP_TOKEN.sub("", response)
     well_formed = float(_is_well_formed(response))
-    answer = _last_answer(response)
-    correct = float(answer is not None and _is_solution(answer, numbers, target))
+    correct = float(_is_solution(_last_answer(response), numbers, target))
     return Reward(total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct})
 
 
@@ -68,11 +67,11 @@ def _is_well_formed(response: str) -> bool:
     return parts[1::2] == ["</think>", "<answer>", "</answer>"] and not (parts[2] + parts[6]).strip()
 
 
-def _last_answer(response: str) -> str | None:
-    """Contents of the last <answer>…</answer> after the first </think>: an answer inside the thinking does not count."""
+def _last_answer(response: str) -> str:
+    """Contents of the last <answer>…</answer> after the first </think>, or "": an answer inside the thinking does not count."""
     _, _, rest = response.partition("</think>")
     start = rest.rfind("<answer>", 0, max(0, rest.rfind("</answer>")))
-    return None if start < 0 else rest[start + len("<answer>") : rest.find("</answer>", start)]
+    return "" if start < 0 else rest[start + len("<answer>") : rest.find("</answer>", start)]
 
 
 def _is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
@@ -135,7 +134,11 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
     Raises FileNotFoundError or ValueError naming the file, the row and the remedy.
     """
     if data.path == "synthetic":
-        return _synthetic_problems(data)
+        rng, held_out = random.Random(data.synthetic_seed), {}
+        while len(held_out) < data.test_size:
+            problem = draw_problem(rng, data, taken=held_out)
+            held_out[_key(problem)] = problem
+        return SyntheticProblems(data, held_out), list(held_out.values())
     rows = _read_problems(Path(data.path))
     if len(rows) <= data.test_size:
         raise ValueError(f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; "
@@ -152,14 +155,6 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
 def problem_kind(problem: dict[str, Any]) -> str:
     """Optional, like parse_question: evaluate.py reports the success of each kind of problem."""
     return f"{len(problem['numbers'])} numbers"
-
-
-def _synthetic_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
-    rng, test = random.Random(data.synthetic_seed), {}
-    while len(test) < data.test_size:
-        problem = draw_problem(rng, data, taken=test)
-        test[_key(problem)] = problem
-    return SyntheticProblems(data, test), list(test.values())
 
 
 class SyntheticProblems(Sequence):
