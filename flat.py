@@ -4,7 +4,7 @@ So a norm is one call, the optimizer walks pieces of three tensors and knows no 
 tensor a kind, and memory is what the plan says, because nothing is scattered.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,12 +15,9 @@ ALIGNMENT = 64  # elements; every parameter begins at a multiple of it. What lie
 
 def allocate(model: nn.Module, *, device, dtype: torch.dtype) -> None:
     """Give a model that was made on the meta device its weights: views of one tensor of zeros."""
-    parameters = list(model.parameters())
+    names, parameters = zip(*model.named_parameters(), strict=True)
     flat = torch.zeros(_places(parameters)[-1], device=device, dtype=dtype)
-    views = dict(zip(map(id, parameters), views_of(flat, parameters), strict=True))
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(views[id(parameter)]))
+    model.load_state_dict(dict(zip(names, views_of(flat, parameters), strict=True)), assign=True)
 
 
 def flat_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -55,7 +52,7 @@ def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
     return flat
 
 
-def views_of(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+def views_of(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     places = _places(parameters)
     return [flat[start : start + p.numel()].view(p.shape) for start, p in zip(places, parameters, strict=False)]
 
@@ -72,7 +69,7 @@ def norm(flat: Tensor) -> float:
     return float(torch.linalg.vector_norm(norms))
 
 
-def _places(parameters: list[nn.Parameter]) -> list[int]:
+def _places(parameters: Sequence[nn.Parameter]) -> list[int]:
     """Where each parameter begins, and where all end."""
     return list(accumulate((-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters), initial=0))
 
