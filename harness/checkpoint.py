@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from data_types import ALONE, Alone
@@ -35,10 +35,8 @@ SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside th
 REMEDY = "the checkpoint is damaged"
 
 
-class Place(BaseModel):
+class Place(BaseModel, extra="forbid", strict=True):
     """Where a run stands."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     step: Count
     optimizer_steps: Count  # fewer, if steps were skipped

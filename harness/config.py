@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from harness.tasks import load_task
@@ -19,8 +19,8 @@ MAX_BYTES, MAX_DEPTH = 10**5, 20  # of a file, and of the nesting in it
 MAX_FAULTS = 20  # nobody mends more at once
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class Section(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
+    """What is declared, and nothing else."""
 
 
 class Data(Section):

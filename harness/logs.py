@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from harness.console import say
 from published_format import MAX_DATA_BYTES, Count, first_fault, parse_json, read_text
@@ -11,10 +11,9 @@ from published_format import MAX_DATA_BYTES, Count, first_fault, parse_json, rea
 Line = TypeVar("Line", bound=BaseModel)
 
 
-class MetricsLine(BaseModel):
+class MetricsLine(BaseModel, extra="allow", allow_inf_nan=False):
     """A line of metrics.jsonl or timings.jsonl: numbers by name; None stands for one that was not finite."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, float | None]
 
     step: Count
@@ -22,10 +21,8 @@ class MetricsLine(BaseModel):
     skipped_questions: list[int] = []
 
 
-class SampleLine(BaseModel):
+class SampleLine(BaseModel, allow_inf_nan=False):
     """A line of samples.jsonl."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     step: Count
     kind: str
