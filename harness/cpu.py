@@ -57,16 +57,16 @@ def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
     if not packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
         yield
         return
-    linears = [m for m in model.model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > SMALL]
+    products = [(m, "forward", m.weight, m.bias) for m in model.model.modules() if isinstance(m, nn.Linear)]
+    products.append((model, "logits", model.head_weight_VE, None))
     try:
-        for linear in linears:
-            linear.forward = partial(_product, weight_OE=linear.weight, packed=_pack(linear.weight, rows), bias_O=linear.bias)
-        head_VE = model.head_weight_VE
-        if head_VE.numel() > SMALL:
-            model.logits = partial(_product, weight_OE=head_VE, packed=_pack(head_VE, rows), bias_O=None)
+        for module, name, weight_OE, bias_O in products:
+            if weight_OE.numel() > SMALL:
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), rows)
+                setattr(module, name, partial(_product, weight_OE=weight_OE, packed=packed, bias_O=bias_O))
         yield
     finally:
-        for module, name in (*((linear, "forward") for linear in linears), (model, "logits")):
+        for module, name, _, _ in products:
             module.__dict__.pop(name, None)  # the method of its class again
 
 
@@ -74,10 +74,6 @@ def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
     if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _pack(weight_OE: Tensor, rows: int) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), rows)
 
 
 def _product(x_PE: Tensor, *, weight_OE: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
