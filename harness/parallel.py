@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -27,18 +26,9 @@ LOOK, PATIENCE = 1.0, 3.0  # seconds: between two looks at whether another proce
 class Parting(Exception):
     """Raised where processes meet: they cannot go on together, for this reason. Empty where another process tells it."""
 
-    def __init__(self, reason: str, code: int, *, can_meet: bool):
-        super().__init__(reason)
-        self.code, self.can_meet = code, can_meet  # to exit with; whether all are still there, at the same place
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a process cannot go on."""
-
-    rank: int
-    message: str
-    code: int  # to exit with
+    def __init__(self, reason: str, code: int, can_meet: bool):
+        super().__init__(reason, code, can_meet)  # all of it, or it could not be shared
+        self.reason, self.code, self.can_meet = reason, code, can_meet  # to exit with; whether all are still there, at one place
 
 
 class Processes(Alone):
@@ -66,7 +56,7 @@ class Processes(Alone):
         """Tell the others why this process cannot go on, at their next meeting, and hasten it. Raises Parting."""
         with self._unbroken():
             self.store.set("leaving", "")
-        self._meet(Reason(self.rank, message, code))
+        self._meet(Parting(f"rank {self.rank}: {message}" if message else "", code, can_meet=True))
 
     def check(self) -> None:
         """To be called often, between meetings: come to the next one at once if another process is leaving. Raises Parting."""
@@ -117,13 +107,12 @@ class Processes(Alone):
         for start in range(0, parts[0].stop, width):
             yield [flat[part][start : start + width] for part in parts]
 
-    def _meet(self, mine: list | Reason) -> list[list]:
+    def _meet(self, mine: list | Parting) -> list[list]:
         everybodys = [None] * self.size
         with self._unbroken():
             dist.all_gather_object(everybodys, mine)
-        if reasons := [theirs for theirs in everybodys if isinstance(theirs, Reason)]:
-            first = min(reasons, key=lambda reason: (reason.code >= 128, reason.rank))  # a fault before a signal
-            raise Parting(f"rank {first.rank}: {first.message}" if first.message else "", first.code, can_meet=True)
+        if partings := [theirs for theirs in everybodys if isinstance(theirs, Parting)]:
+            raise min(partings, key=lambda parting: parting.code >= 128)  # a fault before a signal, and then the first rank's
         return everybodys
 
     @contextmanager

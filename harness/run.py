@@ -369,11 +369,11 @@ class Run:
         with self.closing:
             parting = self._tell_the_others(error, message) if self.processes.size > 1 else None
             if parting is not None:
-                message, self.exit_code = str(parting), parting.code
+                message, self.exit_code = parting.reason, parting.code
             if self.has_begun:
                 lost = parting is not None and not parting.can_meet
                 message += self._outcome() if error is parting is None else self._save_what_is_good(error, lost=lost)
-        if self.processes.rank == 0 or (parting is not None and not parting.can_meet and str(parting)):
+        if self.processes.rank == 0 or (parting is not None and not parting.can_meet and parting.reason):
             console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
         return foreseen
 
@@ -393,7 +393,7 @@ class Run:
         if error is None or isinstance(error, Finished):
             return "", 0
         if isinstance(error, Parting):
-            return str(error), error.code
+            return error.reason, error.code
         if isinstance(error, Interrupted):
             return "interrupted", 128 + self.signals.received
         if isinstance(error, ValueError) or (isinstance(error, OSError) and not self.has_begun):
