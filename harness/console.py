@@ -125,10 +125,5 @@ def duration(seconds: float) -> str:
 
 
 def peak_bytes(device: str) -> int:
-    """The phase's peak on a GPU (reset by reset_peak); on a CPU the process's so far."""
+    """On a GPU the peak since it was last reset; on a CPU the process's so far."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()

@@ -274,7 +274,8 @@ class Run:
         """A rollout, an update or an evaluation: its time, its peak of memory, and the moments at which a signal is heard."""
         device, watch = self.config.model.device, console.PhaseWatch(name, self._check, self.processes)
         self.watches[name], self.phase_name = watch, name
-        console.reset_peak(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         clock = time.perf_counter()
         samples, rows = name != "update", -(-self.config.training.batch_size // self.processes.size)
         with cpu.packed_for_decoding(self.model, rows) if samples else contextlib.nullcontext():
