@@ -6,7 +6,7 @@ Everything here was written by somebody else, so everything is bounded and check
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError
@@ -18,6 +18,7 @@ REMEDY = "fetch the model again"
 MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
 MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
 
+Record = TypeVar("Record", bound=BaseModel)
 Size = Annotated[int, Field(gt=0, le=10**6)]
 Heads = Annotated[int, Field(gt=0, le=1024)]
 Id = Annotated[int, Field(ge=0, le=10**6)]
@@ -200,10 +201,13 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
     return parse_json(read_text(path, remedy=remedy), str(path), remedy=remedy)
 
 
-def first_fault(error: ValidationError) -> str:
-    """Where pydantic found the first fault, and what it is, in a few words."""
-    fault = error.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}"
+def validated(kind: type[Record], raw: dict[str, Any], name: str, *, remedy: str) -> Record:
+    """What an object says. Raises ValueError with its name, the first fault, where in it that is, and the remedy."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; {remedy}") from None
 
 
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:

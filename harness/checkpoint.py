@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from data_types import ALONE, Alone
 from flat import ALIGNMENT
 from harness.console import say
 from optimizer import AdamW
-from published_format import Count, first_fault, read_json, read_tensors, write_tensors
+from published_format import Count, read_json, read_tensors, validated, write_tensors
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -186,10 +186,7 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
     Raises ValueError or FileNotFoundError for whatever makes it unfit to go on from.
     """
     state_files = check_files(path)
-    try:
-        place = Place.model_validate(read_json(path / PLACE, remedy=REMEDY))
-    except ValidationError as error:
-        raise ValueError(f"{PLACE}: {first_fault(error)}") from None
+    place = validated(Place, read_json(path / PLACE, remedy=REMEDY), PLACE, remedy=REMEDY)
     if checkpoint_path(path.parent, place.step) != path:
         raise ValueError(f"it is a copy of step {place.step}")
     weights = list(path.glob("model*.safetensors"))

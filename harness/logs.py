@@ -1,14 +1,11 @@
 """The lines that a run writes about itself, as everything reads them."""
 
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from harness.console import say
-from published_format import MAX_DATA_BYTES, Count, first_fault, parse_json, read_text
-
-Line = TypeVar("Line", bound=BaseModel)
+from published_format import MAX_DATA_BYTES, Count, Record, parse_json, read_text, validated
 
 
 class MetricsLine(BaseModel, extra="allow", allow_inf_nan=False):
@@ -35,7 +32,7 @@ class SampleLine(BaseModel, allow_inf_nan=False):
     finished: bool
 
 
-def read_log(path: Path, kind: type[Line]) -> list[Line]:
+def read_log(path: Path, kind: type[Record]) -> list[Record]:
     """The lines of a run's log. A torn last one, as a crash leaves it, is passed over.
 
     Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
@@ -43,10 +40,8 @@ def read_log(path: Path, kind: type[Line]) -> list[Line]:
     *lines, torn = read_text(path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES).split("\n")
     if torn:
         say(f"{path}: passing over the last line, which is torn")
-    read = []
+    read, remedy = [], "remove the line"
     for number, line in enumerate(lines, 1):
-        try:
-            read.append(kind.model_validate(parse_json(line, f"{path}, line {number},", remedy="remove the line")))
-        except ValidationError as error:
-            raise ValueError(f"{path}, line {number}: {first_fault(error)}; remove the line") from None
+        raw = parse_json(line, f"{path}, line {number},", remedy=remedy)
+        read.append(validated(kind, raw, f"{path}, line {number}", remedy=remedy))
     return read
