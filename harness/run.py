@@ -86,8 +86,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
         self.closing = contextlib.ExitStack()
-        self.plan, self.has_begun = None, False
-        self.processes, self.launched = ALONE, "WORLD_SIZE" in os.environ
+        self.plan, self.has_begun, self.processes = None, False, ALONE
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.processes = Processes()
             self.closing.callback(self.processes.close)
@@ -132,15 +131,15 @@ class Run:
         if found and not arguments.resume:
             raise ValueError(f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…")
         if arguments.resume and not found:
-            if not self.launched:
+            if "WORLD_SIZE" not in os.environ:
                 raise FileNotFoundError(f"output_dir={self.directory} holds no run to resume; start it without --resume")
             say(f"output_dir={self.directory} holds no run yet: starting one")  # a launcher starts again with the same command
-            arguments.resume, config = False, load_config(arguments.config, overrides)
-        self.place, self.saved_state = Place(step=0, optimizer_steps=0, log_sizes={}, config={}), None
-        if arguments.resume:
+            config = load_config(arguments.config, overrides)
+        if found:
             config = load_config(own_config, overrides).model_copy(update={"output_dir": str(self.directory)})
+        self.place, self.saved_state = Place(step=0, optimizer_steps=0, log_sizes={}, config={}), None
         self.source = Path(config.model.path)
-        if arguments.resume:
+        if found:
             self._find_place(load_config(own_config), config)
         _prepare_process(config)
         self.config, self.task = config, load_task(config.task)
