@@ -14,8 +14,6 @@ from qwen2_model import Qwen2Config, Transformer
 class AnyTokenizer:
     """Stands in for the real one: every id below vocab_size may be drawn, stop_ids end an answer."""
 
-    pad_id = 0
-
     def __init__(self, vocab_size: int, stop_ids: frozenset[int] = frozenset()):
         self.vocab_size, self.stop_ids = vocab_size, stop_ids
 
