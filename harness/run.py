@@ -368,12 +368,12 @@ class Run:
         foreseen = self.exit_code != UNFORESEEN  # else Python shows where it came up
         with self.closing:
             parting = self._tell_the_others(error, message) if self.processes.size > 1 else None
+            lost = parting is not None and not parting.can_meet
             if parting is not None:
                 message, self.exit_code = parting.reason, parting.code
             if self.has_begun:
-                lost = parting is not None and not parting.can_meet
                 message += self._outcome() if error is parting is None else self._save_what_is_good(error, lost=lost)
-        if self.processes.rank == 0 or (parting is not None and not parting.can_meet and parting.reason):
+        if self.processes.rank == 0 or (lost and parting.reason):
             console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
         return foreseen
 
