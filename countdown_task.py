@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from data_types import Reward
 from published_format import read_rows
@@ -107,10 +107,8 @@ def _value(tree: ast.expr) -> Fraction:
 # ---------------------------------------------------------------- problems
 
 
-class Data(BaseModel):
+class Data(BaseModel, extra="forbid", frozen=True, strict=True):
     """The keys of the config's section `data`; those with a value here are only for path: synthetic."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
     test_size: int = Field(ge=1, le=10**6)  # so many questions at the end are held out for evaluation

@@ -93,16 +93,16 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
 # ---------------------------------------------------------------- weights
 
 
-def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Path]:
+def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
     """The file that holds each of a checkpoint's tensors; they themselves are not read yet.
 
-    tied: a copy of the embedding under lm_head.weight, which some tied checkpoints hold, is passed over.
+    A copy of the embedding under lm_head.weight, which some tied checkpoints hold, is passed over where none is wanted.
     Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
     """
     files, found = {}, {}
     for file in _weight_files(directory):
         for name, tensor in read_tensors(file):
-            if name != "lm_head.weight" or not tied:
+            if name in shapes or name != "lm_head.weight":
                 files[name], found[name] = file, tuple(tensor.shape)
     wrong = [f"missing {name}" for name in shapes.keys() - found] + [f"unexpected {name}" for name in found.keys() - shapes]
     both = [(name, found[name], shapes[name]) for name in shapes.keys() & found]

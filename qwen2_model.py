@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(Qwen2Config.from_json(Path(directory, "config.json")))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        files = find_weights(Path(directory), shapes, tied=model.config.tie_word_embeddings)
+        files = find_weights(Path(directory), shapes)
         allocate(model, device=device, dtype=dtype)
         read_weights(files, {name: parameter.detach() for name, parameter in model.named_parameters()})
         return model
