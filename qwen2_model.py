@@ -54,6 +54,27 @@ class Qwen2Config:
         return cls(**{name: getattr(published, name) for name in cls.__dataclass_fields__})
 
 
+class RunTwice(torch.autograd.Function):
+    """Activation checkpointing (arXiv:1604.06174): keep a function's inputs alone, and run it again for their gradients.
+
+    torch.utils.checkpoint does the same, but loads the compiler, 4 s and 150 MB.
+    """
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = ctx.function(*inputs)
+        out.backward(grad)
+        return None, *(x.grad for x in inputs)
+
+
 def rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv:2104.09864), in the half-split layout of the published weights."""
     first, second = x_BHSD.chunk(2, dim=-1)
@@ -77,6 +98,10 @@ class Attention(nn.Module):
         return self.o_proj(out_BHSD.transpose(1, 2).reshape(B, S, -1))
 
 
+def swiglu(gate_BSI: Tensor, up_BSI: Tensor) -> Tensor:
+    return F.silu(gate_BSI) * up_BSI
+
+
 class MLP(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -85,7 +110,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        # Autograd would keep silu(gate) beside gate, up and their product: 15 to 20 % more of what a layer keeps.
+        return self.down_proj(RunTwice.apply(swiglu, self.gate_proj(x_BSE), self.up_proj(x_BSE)))
 
 
 class DecoderLayer(nn.Module):
@@ -99,26 +125,6 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, layer, attend)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
-
-
-class RunTwice(torch.autograd.Function):
-    """Activation checkpointing (arXiv:1604.06174): keep a layer's input alone, and run the layer again for its gradient.
-
-    torch.utils.checkpoint does the same, but loads the compiler, 4 s and 150 MB, and scatters the inputs over the heap.
-    """
-
-    @staticmethod
-    def forward(ctx, x_BSE: Tensor, kept_BSE: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.layer, ctx.kept_BSE = layer, kept_BSE.copy_(x_BSE)
-        return layer(x_BSE)
-
-    @staticmethod
-    def backward(ctx, grad_BSE: Tensor):
-        x_BSE = ctx.kept_BSE.detach().requires_grad_()
-        with torch.enable_grad():
-            out_BSE = ctx.layer(x_BSE)
-        out_BSE.backward(grad_BSE)
-        return x_BSE.grad, None, None
 
 
 def attend_causally(layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
@@ -227,10 +233,9 @@ class Transformer(nn.Module):
         angles_BSD = (positions_BS[:, :, None].float() * frequencies_D).repeat(1, 1, 2)
         x_BSE = self.embed(tokens_BS)
         rope = angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
-        kept_LBSE = x_BSE.new_empty(min(checkpoint_layers, len(self.model.layers)), *x_BSE.shape)
         for i, layer in enumerate(self.model.layers):
             run = functools.partial(layer, rope=rope, layer=i, attend=attend)
-            x_BSE = RunTwice.apply(x_BSE, kept_LBSE[i], run) if i < checkpoint_layers else run(x_BSE)
+            x_BSE = RunTwice.apply(run, x_BSE) if i < checkpoint_layers else run(x_BSE)
         return self.model.norm(x_BSE)
 
     def logits(self, hidden_PE: Tensor, out: Tensor | None = None) -> Tensor:

@@ -128,7 +128,7 @@ def activation_bytes_per_token(shape: Qwen2Config, dtype: torch.dtype, checkpoin
     # Each norm keeps its input: the kernel of a card as it is, on a CPU in float32 and the normalised value beside it.
     norms = 2 * b * E if device == "cuda" else 2 * (4 * E + 4 * E)
     attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)  # input, queries, result twice; keys, values
-    mlp = b * (E + 4 * I)  # input, gate, silu(gate), up, their product
+    mlp = b * (E + 3 * I)  # input, gate, up, silu(gate) * up
     layer = norms + attention + mlp
     # With half a layer for gradients in flight. When the first layer is run again, those that are kept whole have been freed.
     layers = max(shape.num_hidden_layers - checkpoint_layers + 0.5, 1.5 if checkpoint_layers else 0.0)

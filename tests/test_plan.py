@@ -53,8 +53,7 @@ def test_activations_are_what_autograd_keeps(checkpoint_layers):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden_1SE = model.hidden_states(tokens_1S, tokens_1S, attend_causally, checkpoint_layers=checkpoint_layers)
-    inputs = checkpoint_layers * 640 * 192 * 2  # held by RunTwice itself
-    measured = (sum(size for _, size in kept.values()) + inputs + hidden_1SE.nbytes) / 640
+    measured = (sum(size for _, size in kept.values()) + hidden_1SE.nbytes) / 640
     planned = [activation_bytes_per_token(shape, torch.bfloat16, layers) for layers in range(8)]
     layer = planned[1] - planned[2] + 2 * 192
     in_flight = (1.5 if checkpoint_layers == 7 else 0.5) * layer  # of the backward pass, which has not begun
