@@ -110,7 +110,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        # Autograd would keep silu(gate) beside gate, up and their product: 15 to 20 % more of what a layer keeps.
+        # Autograd would keep silu(gate) beside gate, up and their product, 16 to 23 % more for a layer.
         return self.down_proj(RunTwice.apply(swiglu, self.gate_proj(x_BSE), self.up_proj(x_BSE)))
 
 
