@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flat import allocate
 from published_format import find_weights, read_config, read_weights, write_config, write_weights
@@ -67,6 +68,7 @@ class RunTwice(torch.autograd.Function):
         return function(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():

@@ -89,5 +89,6 @@ def _check_host(locked: float) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """PyTorch's own error is a RuntimeError, too, as what recording a graph, cuBLAS or a CPU's allocator raises."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    """PyTorch's own error, or the plain one that recording a graph, cuBLAS or a CPU's allocator raises."""
+    own, plain = isinstance(error, torch.OutOfMemoryError), isinstance(error, RuntimeError)
+    return own or (plain and any(words in str(error) for words in FULL))
