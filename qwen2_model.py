@@ -101,6 +101,7 @@ class Attention(nn.Module):
 
 
 def swiglu(gate_BSI: Tensor, up_BSI: Tensor) -> Tensor:
+    """SwiGLU (Shazeer, arXiv:2002.05202)."""
     return F.silu(gate_BSI) * up_BSI
 
 
