@@ -17,7 +17,9 @@ class ChatTemplate(ImmutableSandboxedEnvironment):
 
     def __init__(self, text: str):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        self.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        self.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
         self.globals["raise_exception"] = _raise_template_error
         self.template = self.from_string(text)
 
@@ -31,7 +33,9 @@ class ChatTemplate(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"it runs for more than {MAX_LINES:,} lines")
             return count
 
-        sys.settrace(count)  # whatever runs from here on: loops within loops end, wherever they stand
+        sys.settrace(
+            count
+        )  # whatever runs from here on: loops within loops end, wherever they stand
         try:
             for piece in self.template.generate(**variables):
                 text += piece
@@ -43,13 +47,17 @@ class ChatTemplate(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator, left, right):
         """The operators by which few lines make a text or a number that fills the memory."""
-        if operator == "**" or not all(isinstance(value, int) and abs(value) < 10**9 for value in (left, right)):
+        if operator == "**" or not all(
+            isinstance(value, int) and abs(value) < 10**9 for value in (left, right)
+        ):
             raise SecurityError(f"{operator} is only for small products")
         return left * right
 
     def unsafe_undefined(self, obj, attribute):
         """An attribute out of bounds ends the rendering; jinja2 alone would print it as nothing."""
-        raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
+        raise SecurityError(
+            f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe"
+        )
 
 
 def _raise_template_error(message: str):

@@ -18,7 +18,9 @@ from data_types import Reward
 from published_format import read_rows
 from tokenizer import Tokenizer
 
-SYSTEM_MESSAGE = "You are a careful assistant. You reason first, in the open, and then state your answer."
+SYSTEM_MESSAGE = (
+    "You are a careful assistant. You reason first, in the open, and then state your answer."
+)
 USER_TEMPLATE = (
     "Combine the numbers {numbers} into an arithmetic expression that equals {target}. "
     "Use each number exactly once, with + - * / and parentheses. "
@@ -30,8 +32,15 @@ RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 TAG = re.compile("(</?(?:think|answer)>)")
 STOP_TOKEN = re.compile(r"<\|(im_end|endoftext)\|>\Z")  # tolerated once at the end of a response
 MAX_EXPRESSION_CHARS = 1000
-EXPRESSION = re.compile(r"(?:(?<![0-9])(?:0|[1-9][0-9]{0,19})(?![0-9])|[-+*/() \t\n\r\f\v])*")  # no number with a leading zero
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+EXPRESSION = re.compile(
+    r"(?:(?<![0-9])(?:0|[1-9][0-9]{0,19})(?![0-9])|[-+*/() \t\n\r\f\v])*"
+)  # no number with a leading zero
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 SYNTHETIC_TRAIN_SIZE = 500_000  # about as many as the published dataset has
 
 
@@ -45,9 +54,14 @@ def parse_question(text: str) -> dict[str, Any]:
     """The problem that "3 5 7 = 22" stands for. Raises ValueError for what is not written so."""
     match = re.fullmatch(r"\s*([0-9]{1,9}(?:[\s,]+[0-9]{1,9})+)\s*=\s*(-?[0-9]{1,9})\s*", text)
     if match is None:
-        raise ValueError(f'{text[:80]!r} is not a question; write two numbers or more, "=" and a target, '
-                         'none above nine digits, for example "3 5 7 = 22"')
-    return {"numbers": [int(number) for number in re.split(r"[\s,]+", match[1])], "target": int(match[2])}
+        raise ValueError(
+            f'{text[:80]!r} is not a question; write two numbers or more, "=" and a target, '
+            'none above nine digits, for example "3 5 7 = 22"'
+        )
+    return {
+        "numbers": [int(number) for number in re.split(r"[\s,]+", match[1])],
+        "target": int(match[2]),
+    }
 
 
 # ---------------------------------------------------------------- reward
@@ -58,13 +72,17 @@ def reward_function(response: str, numbers: Sequence[int], target: int) -> Rewar
     response = STOP_TOKEN.sub("", response)
     well_formed = float(_is_well_formed(response))
     correct = float(_is_solution(_last_answer(response), numbers, target))
-    return Reward(total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct})
+    return Reward(
+        total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct}
+    )
 
 
 def _is_well_formed(response: str) -> bool:
     """Whether "<think>" + response is <think>A</think> <answer>C</answer>, with no further tag in A or C."""
     parts = TAG.split(response, 3)  # A, </think>, white space, <answer>, C, </answer>, white space
-    return parts[1::2] == ["</think>", "<answer>", "</answer>"] and not (parts[2] + parts[6]).strip()
+    return (
+        parts[1::2] == ["</think>", "<answer>", "</answer>"] and not (parts[2] + parts[6]).strip()
+    )
 
 
 def _last_answer(response: str) -> str:
@@ -81,17 +99,26 @@ def _is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
     try:
         tree = ast.parse(" ".join(expression.split()), mode="eval").body
         used = sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        if used != sorted(int(n) for n in numbers):  # before any arithmetic: bounds the size of what is computed
+        if used != sorted(
+            int(n) for n in numbers
+        ):  # before any arithmetic: bounds the size of what is computed
             return False
         return _value(tree) == target
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):  # the last two: nested too deep for the parser
+    except (
+        SyntaxError,
+        ZeroDivisionError,
+        RecursionError,
+        MemoryError,
+    ):  # the last two: nested too deep for the parser
         return False
 
 
 def _value(tree: ast.expr) -> Fraction:
     """In exact arithmetic. Raises SyntaxError for whatever is not + - * / over integers."""
     values = {}
-    for node in reversed(list(ast.walk(tree))):  # operands before their operation, without recursion
+    for node in reversed(
+        list(ast.walk(tree))
+    ):  # operands before their operation, without recursion
         match node:
             case ast.Constant(value):
                 values[node] = Fraction(value)
@@ -111,8 +138,12 @@ class Data(BaseModel, extra="forbid", frozen=True, strict=True):
     """The keys of the config's section `data`; those with a value here are only for path: synthetic."""
 
     path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
-    test_size: int = Field(ge=1, le=10**6)  # so many questions at the end are held out for evaluation
-    num_numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field([3, 4], min_length=1, examples=[3, 4])  # drawn from this list
+    test_size: int = Field(
+        ge=1, le=10**6
+    )  # so many questions at the end are held out for evaluation
+    num_numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field(
+        [3, 4], min_length=1, examples=[3, 4]
+    )  # drawn from this list
     max_number: int = Field(99, ge=2, le=10**6)  # numbers are 1..max_number
     min_target: int = Field(10, ge=0)  # targets are min_target..max_target
     max_target: int = Field(100, ge=1)
@@ -121,7 +152,9 @@ class Data(BaseModel, extra="forbid", frozen=True, strict=True):
     @model_validator(mode="after")
     def _in_order(self) -> "Data":
         if self.min_target > self.max_target:
-            raise ValueError(f"data.min_target={self.min_target} is above data.max_target={self.max_target}; swap them")
+            raise ValueError(
+                f"data.min_target={self.min_target} is above data.max_target={self.max_target}; swap them"
+            )
         return self
 
 
@@ -139,14 +172,18 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
         return SyntheticProblems(data, held_out), list(held_out.values())
     rows = _read_problems(Path(data.path))
     if len(rows) <= data.test_size:
-        raise ValueError(f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; "
-                         "lower data.test_size")
+        raise ValueError(
+            f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; "
+            "lower data.test_size"
+        )
     test = rows[-data.test_size :]
     held_out = {_key(problem) for problem in test}
     train = [problem for problem in rows[: -data.test_size] if _key(problem) not in held_out]
     if not train:
-        raise ValueError(f"{data.path}: every problem reads like one of the last data.test_size={data.test_size}; "
-                         "lower it, or add problems")
+        raise ValueError(
+            f"{data.path}: every problem reads like one of the last data.test_size={data.test_size}; "
+            "lower it, or add problems"
+        )
     return train, test
 
 
@@ -166,7 +203,9 @@ class SyntheticProblems(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        return draw_problem(random.Random(f"{self._data.synthetic_seed}/{index}"), self._data, taken=self._held_out)
+        return draw_problem(
+            random.Random(f"{self._data.synthetic_seed}/{index}"), self._data, taken=self._held_out
+        )
 
 
 def draw_problem(rng: random.Random, data: Data, *, taken: Collection[tuple]) -> dict:
@@ -181,9 +220,11 @@ def draw_problem(rng: random.Random, data: Data, *, taken: Collection[tuple]) ->
             problem = {"numbers": numbers, "target": int(values[0])}
             if _key(problem) not in taken:
                 return problem
-    raise ValueError(f"beside {len(taken)} held-out problems no target in data.min_target={data.min_target} … data.max_target="
-                     f"{data.max_target} can be reached from numbers up to data.max_number={data.max_number}; widen the range, or "
-                     f"lower data.test_size={data.test_size}")
+    raise ValueError(
+        f"beside {len(taken)} held-out problems no target in data.min_target={data.min_target} … data.max_target="
+        f"{data.max_target} can be reached from numbers up to data.max_number={data.max_number}; widen the range, or "
+        f"lower data.test_size={data.test_size}"
+    )
 
 
 def _key(problem: dict) -> tuple:
@@ -191,14 +232,25 @@ def _key(problem: dict) -> tuple:
 
 
 def _read_problems(path: Path) -> list[dict]:
-    remedy = 'wanted lines like {"nums": [3, 5, 7], "target": 22}' if path.suffix == ".jsonl" else (
-        f"fetch the dataset with\n  uv run hf download Jiayi-Pan/Countdown-Tasks-3to4 --repo-type dataset --local-dir {path}\n"
-        "or train without any download: uv run train.py --config config_tiny.yaml"
-    )  # fmt: skip
+    remedy = (
+        'wanted lines like {"nums": [3, 5, 7], "target": 22}'
+        if path.suffix == ".jsonl"
+        else (
+            f"fetch the dataset with\n  uv run hf download Jiayi-Pan/Countdown-Tasks-3to4 --repo-type dataset --local-dir {path}\n"
+            "or train without any download: uv run train.py --config config_tiny.yaml"
+        )
+    )
     problems = []
     for place, row in read_rows(path, ("nums", "target"), remedy=remedy):
         nums, target = row["nums"], row["target"]
-        if not (isinstance(nums, list) and nums and all(type(n) is int for n in nums) and type(target) is int):
-            raise ValueError(f"{place}: nums={nums!r:.100}, target={target!r:.100}; wanted a list of integers and an integer")
+        if not (
+            isinstance(nums, list)
+            and nums
+            and all(type(n) is int for n in nums)
+            and type(target) is int
+        ):
+            raise ValueError(
+                f"{place}: nums={nums!r:.100}, target={target!r:.100}; wanted a list of integers and an integer"
+            )
         problems.append({"numbers": nums, "target": target})
     return problems

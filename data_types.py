@@ -33,7 +33,9 @@ class Episode:
     is_finished: bool  # drew a stop token within its budget
     text: str  # the response as text, without its stop token
     reward: Reward
-    entropy: float = 0.0  # mean over the response tokens of the sampling distribution's entropy, nats
+    entropy: float = (
+        0.0  # mean over the response tokens of the sampling distribution's entropy, nats
+    )
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,18 @@ class UpdateStats:
     loss: float
     grad_norm: float  # before clipping
     num_tokens: int  # kept response tokens: the denominator of the loss
-    logprob_diff_mean: float = 0.0  # |log-probability of the trainer - of the sampler| over the tokens that were run, nats
+    logprob_diff_mean: float = (
+        0.0  # |log-probability of the trainer - of the sampler| over the tokens that were run, nats
+    )
     logprob_diff_max: float = 0.0
     skipped: str = ""  # why the optimizer made no step; empty when it did
-    broken_questions: list[int] = field(default_factory=list)  # question ids behind a number that is not finite
+    broken_questions: list[int] = field(
+        default_factory=list
+    )  # question ids behind a number that is not finite
     weights_changed: float = 0.0  # share of the weights whose stored value changed
-    weights_changed_fp32: float = 0.0  # share that would have changed had all weights been stored in float32
+    weights_changed_fp32: float = (
+        0.0  # share that would have changed had all weights been stored in float32
+    )
 
 
 class Alone:
@@ -62,7 +70,10 @@ class Alone:
     def parts_of(self, total: int, multiple: int = 1) -> list[slice]:
         """Everybody's part of `total` things: as many for each process, in multiples, and for the last what is left."""
         share = -(-total // (self.size * multiple)) * multiple
-        return [slice(min(rank * share, total), min((rank + 1) * share, total)) for rank in range(self.size)]
+        return [
+            slice(min(rank * share, total), min((rank + 1) * share, total))
+            for rank in range(self.size)
+        ]
 
     def share(self, items: list) -> list:
         """The items of all processes, in the order of their ranks."""

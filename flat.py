@@ -10,7 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 64  # elements; every parameter begins at a multiple of it. What lies between is 0 and stays 0
+ALIGNMENT = (
+    64  # elements; every parameter begins at a multiple of it. What lies between is 0 and stays 0
+)
 
 
 def allocate(model: nn.Module, *, device, dtype: torch.dtype) -> None:
@@ -54,7 +56,10 @@ def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def views_of(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     places = _places(parameters)
-    return [flat[start : start + p.numel()].view(p.shape) for start, p in zip(places, parameters, strict=False)]
+    return [
+        flat[start : start + p.numel()].view(p.shape)
+        for start, p in zip(places, parameters, strict=False)
+    ]
 
 
 def norm(flat: Tensor) -> float:
@@ -81,7 +86,10 @@ def _common_tensor(tensors: list[Tensor | None], parameters: list[nn.Parameter])
     if first is None or first.untyped_storage().nbytes() < end * first.itemsize:
         return None
     for tensor, start in zip(tensors, starts, strict=True):
-        if tensor is None or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if (
+            tensor is None
+            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
             return None
         if tensor.storage_offset() != start or not tensor.is_contiguous():
             return None

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended: a look waits for the device
+CHECK_INTERVAL = (
+    8  # decode steps between two looks at which answers have ended: a look waits for the device
+)
 GRAPHS_KEPT = 4  # recordings of a decode step at once; each takes driver memory
-IN_TRANSIT = 3  # pieces of a streamed state on the card at once: one fetched, one computed, one written back
+IN_TRANSIT = (
+    3  # pieces of a streamed state on the card at once: one fetched, one computed, one written back
+)
 
 
 def prepare_process() -> None:
@@ -25,7 +29,11 @@ def prepare_process() -> None:
 def free_bytes(device: torch.device) -> int:
     """What is free on the card, with what PyTorch keeps for later; for a CPU, of the machine's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     with open("/proc/meminfo") as f:
         return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
 
@@ -47,7 +55,10 @@ class GraphedStep:
     works = True  # until this process has seen a recording fail
 
     def __init__(self):
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()  # the graphs by shape, the latest used last
+        self.graphs, self.pool = (
+            {},
+            torch.cuda.graph_pool_handle(),
+        )  # the graphs by shape, the latest used last
 
     def __call__(self, decoder, rows: int) -> None:
         shape = rows, decoder.cache.columns(1)
@@ -69,14 +80,20 @@ class GraphedStep:
         gc.disable()  # the destructor of something that touches the driver would spoil the recording
         try:
             # The outer context gives the stream back even where the inner one fails to end the recording.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self.pool),
+            ):
                 decoder._step(rows)
         except RuntimeError as error:
             GraphedStep.works = False
             self.graphs.clear()
             reason = str(error.__context__ or error).splitlines()[0]
-            warnings.warn(f"a decode step cannot be recorded as a CUDA graph ({reason}); answers stay the same, but sampling is "
-                          "slower from now on. Where memory is short, lower model.memory_gib", stacklevel=2)
+            warnings.warn(
+                f"a decode step cannot be recorded as a CUDA graph ({reason}); answers stay the same, but sampling is "
+                "slower from now on. Where memory is short, lower model.memory_gib",
+                stacklevel=2,
+            )
             return None
         finally:
             decoder.cache.span = span
@@ -100,7 +117,10 @@ class StreamedState:
     def pieces(self, places: list[slice]) -> Iterator[list[Tensor]]:
         """The tensors at each place (the first is the longest), on the card, to be overwritten before the next is asked for."""
         compute, up, down = torch.cuda.current_stream(self.device), self.up, self.down
-        sets = [[torch.empty_like(tensor[places[0]], device=self.device) for tensor in self.tensors] for _ in range(IN_TRANSIT)]
+        sets = [
+            [torch.empty_like(tensor[places[0]], device=self.device) for tensor in self.tensors]
+            for _ in range(IN_TRANSIT)
+        ]
         up.wait_stream(compute)  # whoever had this memory before may still be at work in it
         written = []  # the event after which a piece is home again, and what held it is free
 
@@ -132,6 +152,8 @@ def page_lock(tensor: Tensor) -> None:
     """Lock memory where it lies: PyTorch's own pinned allocations are rounded up to a power of two. Raises OSError."""
     error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     if int(error) != 0:
-        raise OSError(f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
-                      "`ulimit -l`, or set optimizer.offload=false")
+        raise OSError(
+            f"{tensor.nbytes:,} bytes of CPU memory could not be page-locked ({error}); free memory, raise "
+            "`ulimit -l`, or set optimizer.offload=false"
+        )
     weakref.finalize(tensor, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr())

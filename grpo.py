@@ -45,10 +45,18 @@ LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
 def rollout(
-    model: Transformer, tokenizer: Tokenizer, questions: list[Question], *,
-    num_answers: int, max_gen_len: int, temperature: float, reward_function: Callable[..., Reward],
-    generator: torch.Generator, cache_bytes: int | None = None, watch: Watch = UNWATCHED,
-) -> list[Episode]:  # fmt: skip
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    *,
+    num_answers: int,
+    max_gen_len: int,
+    temperature: float,
+    reward_function: Callable[..., Reward],
+    generator: torch.Generator,
+    cache_bytes: int | None = None,
+    watch: Watch = UNWATCHED,
+) -> list[Episode]:
     """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j, with question_id i. Every answer has the same budget of
@@ -58,20 +66,40 @@ def rollout(
     """
     sampling = Sampling(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
     prompts, processes = [question.prompt_token_ids for question in questions], watch.processes
-    samples = generate(model, prompts, sampling, num_answers=num_answers, generator=generator, cache_bytes=cache_bytes, watch=watch)
-    first = processes.parts_of(len(questions))[processes.rank].start * num_answers  # samples are of this process's part
+    samples = generate(
+        model,
+        prompts,
+        sampling,
+        num_answers=num_answers,
+        generator=generator,
+        cache_bytes=cache_bytes,
+        watch=watch,
+    )
+    first = (
+        processes.parts_of(len(questions))[processes.rank].start * num_answers
+    )  # samples are of this process's part
     episodes = []
     with watch.part("reward", len(samples)):
         for number, sample in enumerate(samples, first):
             question_id = number // num_answers
             question = questions[question_id]
             # The stop token is learned, but not scored.
-            text = tokenizer.decode(sample.token_ids[:-1] if sample.is_finished else sample.token_ids)
+            text = tokenizer.decode(
+                sample.token_ids[:-1] if sample.is_finished else sample.token_ids
+            )
             reward = reward_function(text, **question.problem)
-            episodes.append(Episode(
-                question_id=question_id, prompt_token_ids=question.prompt_token_ids, response_token_ids=sample.token_ids,
-                response_logprobs=sample.logprobs, is_finished=sample.is_finished, text=text, reward=reward, entropy=sample.entropy,
-            ))  # fmt: skip
+            episodes.append(
+                Episode(
+                    question_id=question_id,
+                    prompt_token_ids=question.prompt_token_ids,
+                    response_token_ids=sample.token_ids,
+                    response_logprobs=sample.logprobs,
+                    is_finished=sample.is_finished,
+                    text=text,
+                    reward=reward,
+                    entropy=sample.entropy,
+                )
+            )
             watch.advance(1)
     return processes.share(episodes)
 
@@ -87,12 +115,16 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
     Raises ValueError if M < 2: a group of one has nothing to compare with.
     """
     if rewards_NM.ndim != 2 or rewards_NM.shape[1] < 2:
-        raise ValueError(f"rewards of shape {tuple(rewards_NM.shape)}; wanted (questions, answers) with at least 2 answers each")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards_NM.shape)}; wanted (questions, answers) with at least 2 answers each"
+        )
     rewards_NM = rewards_NM.float()
     spread_N1 = rewards_NM.std(dim=1, keepdim=True, correction=0)
     advantages_NM = (rewards_NM - rewards_NM.mean(dim=1, keepdim=True)) / (spread_N1 + eps)
     equal_N1 = (rewards_NM == rewards_NM[:, :1]).all(dim=1, keepdim=True)
-    return advantages_NM.masked_fill(equal_N1, 0.0)  # the rounding of the mean must not become an advantage
+    return advantages_NM.masked_fill(
+        equal_N1, 0.0
+    )  # the rounding of the mean must not become an advantage
 
 
 def episode_advantages(episodes: list[Episode]) -> list[float]:
@@ -100,8 +132,13 @@ def episode_advantages(episodes: list[Episode]) -> list[float]:
     rewards: dict[int, list[float]] = {}
     for e in episodes:
         rewards.setdefault(e.question_id, []).append(e.reward.total)
-    advantages = {group: iter(group_advantages(torch.tensor([rewards_M]))[0].tolist()) for group, rewards_M in rewards.items()}
-    return [next(advantages[e.question_id]) for e in episodes]  # each group's in the order in which its rewards were collected
+    advantages = {
+        group: iter(group_advantages(torch.tensor([rewards_M]))[0].tolist())
+        for group, rewards_M in rewards.items()
+    }
+    return [
+        next(advantages[e.question_id]) for e in episodes
+    ]  # each group's in the order in which its rewards were collected
 
 
 # ---------------------------------------------------------------- the loss
@@ -117,16 +154,26 @@ def token_loss(logprobs_P: Tensor, row: Row, num_tokens: int) -> Tensor:
 
 
 def row_loss(
-    model: Transformer, row: Row, num_tokens: int, *, temperature: float, vocab_size: int, checkpoint_layers: int = 0
+    model: Transformer,
+    row: Row,
+    num_tokens: int,
+    *,
+    temperature: float,
+    vocab_size: int,
+    checkpoint_layers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The token_loss of a row, for backward(), and log π of each of its response tokens (P,), float32, nats.
 
     π is the softmax of the first vocab_size logits / temperature, as in the sampler. The head's .grad must stand (zero_gradient).
     """
     attend = attend_within(row, model.config, model.head_weight_VE.dtype)
-    hidden_1SE = model.hidden_states(row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers)
+    hidden_1SE = model.hidden_states(
+        row.tokens_S[None], row.positions_S[None], attend, checkpoint_layers=checkpoint_layers
+    )
     # sources_P: where the hidden states stand that predict targets_P, one token before them.
-    return ChunkedLoss.apply(hidden_1SE[0, row.sources_P], model, row, num_tokens, temperature, vocab_size)
+    return ChunkedLoss.apply(
+        hidden_1SE[0, row.sources_P], model, row, num_tokens, temperature, vocab_size
+    )
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -140,7 +187,15 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_PE: Tensor, model: Transformer, row: Row, num_tokens: int, temperature: float, vocab_size: int):
+    def forward(
+        ctx,
+        hidden_PE: Tensor,
+        model: Transformer,
+        row: Row,
+        num_tokens: int,
+        temperature: float,
+        vocab_size: int,
+    ):
         head_VE, losses, logprobs = model.head_weight_VE, [], []
         ctx.grad_hidden_PE, takes_gradient = torch.empty_like(hidden_PE), ctx.needs_input_grad[0]
         size = max(1, LOGIT_CHUNK_BYTES[head_VE.device.type] // (4 * len(head_VE)))
@@ -148,11 +203,15 @@ class ChunkedLoss(torch.autograd.Function):
         # Logits and gradient may be of a narrower type than the probabilities between them.
         narrow_CV = head_VE.new_empty((min(size, len(hidden_PE)), len(head_VE)))
         wide_CV = narrow_CV.to(torch.promote_types(head_VE.dtype, torch.float32))
-        chunks = zip(row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True)
+        chunks = zip(
+            row.chunks(size), hidden_PE.split(size), ctx.grad_hidden_PE.split(size), strict=True
+        )
         for chunk, hidden_CE, grad_hidden_CE in chunks:  # chunk: the row with C of its P tokens
             targets_C1, C = chunk.targets_P[:, None], len(hidden_CE)
             logits_CV = model.logits(hidden_CE, out=(wide_CV if head_VE.is_cuda else narrow_CV)[:C])
-            logprobs_CV = log_probs(wide_CV[:C].copy_(logits_CV), temperature, vocab_size)  # in place; a card's product is wide
+            logprobs_CV = log_probs(
+                wide_CV[:C].copy_(logits_CV), temperature, vocab_size
+            )  # in place; a card's product is wide
             logprobs_C = logprobs_CV.gather(1, targets_C1)[:, 0].requires_grad_()
             with torch.enable_grad():
                 loss = token_loss(logprobs_C, chunk, num_tokens)
@@ -160,7 +219,9 @@ class ChunkedLoss(torch.autograd.Function):
             logprobs.append(logprobs_C.detach())
             if takes_gradient:
                 grad_C1 = torch.autograd.grad(loss, logprobs_C)[0][:, None] / temperature
-                grad_CV = narrow_CV[:C].copy_(logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1))
+                grad_CV = narrow_CV[:C].copy_(
+                    logprobs_CV.exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1)
+                )
                 torch.mm(grad_CV, head_VE, out=grad_hidden_CE)
                 head_VE.grad.addmm_(grad_CV.t(), hidden_CE)
         logprobs_P = torch.cat(logprobs)
@@ -170,7 +231,9 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _):
         if grad_loss != 1:
-            raise ValueError(f"the head had its gradient when the loss was multiplied by {float(grad_loss):g}; do it in token_loss")
+            raise ValueError(
+                f"the head had its gradient when the loss was multiplied by {float(grad_loss):g}; do it in token_loss"
+            )
         return ctx.grad_hidden_PE, None, None, None, None, None
 
 
@@ -178,10 +241,18 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def update_policy(
-    model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], *,
-    max_grad_norm: float, skip_unfinished: bool, temperature: float = 1.0, vocab_size: int | None = None,
-    micro_batch_tokens: int = 8192, checkpoint_layers: int = 0, watch: Watch = UNWATCHED,
-) -> UpdateStats:  # fmt: skip
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    episodes: list[Episode],
+    *,
+    max_grad_norm: float,
+    skip_unfinished: bool,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    micro_batch_tokens: int = 8192,
+    checkpoint_layers: int = 0,
+    watch: Watch = UNWATCHED,
+) -> UpdateStats:
     """One policy-gradient step on a batch of episodes.
 
     loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|, where a_ij is answer j to question i, and m_ij = 0 for an
@@ -202,37 +273,81 @@ def update_policy(
     kept = [(e, advantage) for e, advantage in answers if e.is_finished or not skip_unfinished]
     learned = [(e, advantage) for e, advantage in kept if advantage != 0]
     num_tokens = sum(len(e.response_token_ids) for e, _ in kept)
-    if broken := {e.question_id for e in episodes if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs)))}:
-        return UpdateStats(math.nan, math.nan, num_tokens, math.nan, math.nan, broken_questions=sorted(broken),
-                           skipped="a reward or a sampled log-probability is not finite")
+    if broken := {
+        e.question_id
+        for e in episodes
+        if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs)))
+    }:
+        return UpdateStats(
+            math.nan,
+            math.nan,
+            num_tokens,
+            math.nan,
+            math.nan,
+            broken_questions=sorted(broken),
+            skipped="a reward or a sampled log-probability is not finite",
+        )
     if not learned:
-        return UpdateStats(0.0, 0.0, num_tokens, skipped="every kept answer has advantage 0" if kept else "no answer is finished")
+        return UpdateStats(
+            0.0,
+            0.0,
+            num_tokens,
+            skipped="every kept answer has advantage 0" if kept else "no answer is finished",
+        )
 
-    gradient = zero_gradient(model.parameters())  # one flat tensor, of which every parameter's .grad is a view
+    gradient = zero_gradient(
+        model.parameters()
+    )  # one flat tensor, of which every parameter's .grad is a view
     rows = list(pack_rows(learned, micro_batch_tokens, processes.size))
     own_rows = range(processes.rank, len(rows), processes.size)  # rows are about equally long
     results = []  # of each own row: its number, its loss, how far the trainer's log-probabilities are from the sampler's
     with watch.part("gradient", sum(len(rows[r].tokens_S) for r in own_rows)):
         for r in own_rows:
             row = rows[r].to(gradient.device)
-            loss, logprobs_P = row_loss(model, row, num_tokens, temperature=temperature, vocab_size=vocab_size,
-                                        checkpoint_layers=checkpoint_layers)
+            loss, logprobs_P = row_loss(
+                model,
+                row,
+                num_tokens,
+                temperature=temperature,
+                vocab_size=vocab_size,
+                checkpoint_layers=checkpoint_layers,
+            )
             loss.backward()
             results.append((r, loss.item(), (logprobs_P - row.sampler_logprobs_P).abs().cpu()))
             watch.advance(len(row.tokens_S), tokens_run=len(row.tokens_S))
-            del loss, logprobs_P, row  # freed now, or they scatter the next row's activations over the memory
+            del (
+                loss,
+                logprobs_P,
+                row,
+            )  # freed now, or they scatter the next row's activations over the memory
 
-    results = sorted(processes.share(results), key=lambda result: result[0])  # added in one order, whoever ran which row
+    results = sorted(
+        processes.share(results), key=lambda result: result[0]
+    )  # added in one order, whoever ran which row
     total_loss = sum(loss for _, loss, _ in results)
-    broken = {question_id for r, loss, _ in results if not math.isfinite(loss) for question_id in rows[r].question_ids}
-    own_gradient = processes.reduce_scatter(gradient, processes.parts_of(len(gradient), ALIGNMENT))  # a view of its part
+    broken = {
+        question_id
+        for r, loss, _ in results
+        if not math.isfinite(loss)
+        for question_id in rows[r].question_ids
+    }
+    own_gradient = processes.reduce_scatter(
+        gradient, processes.parts_of(len(gradient), ALIGNMENT)
+    )  # a view of its part
     grad_norm = math.hypot(*processes.share([norm(own_gradient)]))
     differences = torch.cat([differences for _, _, differences in results])
-    stats = UpdateStats(loss=total_loss, grad_norm=grad_norm, num_tokens=num_tokens, logprob_diff_mean=float(differences.mean()),
-                        logprob_diff_max=float(differences.max()))
+    stats = UpdateStats(
+        loss=total_loss,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        logprob_diff_mean=float(differences.mean()),
+        logprob_diff_max=float(differences.max()),
+    )
     if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
         broken = broken or {e.question_id for e, _ in learned}
-        stats = replace(stats, skipped="the loss or the gradient is not finite", broken_questions=sorted(broken))
+        stats = replace(
+            stats, skipped="the loss or the gradient is not finite", broken_questions=sorted(broken)
+        )
     elif grad_norm == 0:  # possible where token_loss is changed to a clipped ratio
         stats = replace(stats, skipped="the gradient is 0")
     else:
@@ -240,7 +355,9 @@ def update_policy(
             own_gradient.mul_(max_grad_norm / grad_norm)  # in place, where the optimizer finds it
         with watch.part("optimizer", 1):
             changed = optimizer.step()
-        stored, exact = changed if isinstance(changed, tuple) else (math.nan, math.nan)  # our AdamW says what share has changed
+        stored, exact = (
+            changed if isinstance(changed, tuple) else (math.nan, math.nan)
+        )  # our AdamW says what share has changed
         stats = replace(stats, weights_changed=stored, weights_changed_fp32=exact)
     optimizer.zero_grad()  # gives its memory back
     return stats

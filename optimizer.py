@@ -31,14 +31,25 @@ class AdamW:
     rest from the others (ZeRO stage 1, Rajbhandari et al., arXiv:1910.02054).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False, processes: Alone = ALONE):
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        offload: bool = False,
+        processes: Alone = ALONE,
+    ):
         self.params, self.processes = list(params), processes
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         kinds = {p.dtype for p in self.params}
         if len(kinds) != 1 or not kinds <= {torch.float32, torch.bfloat16}:
-            raise ValueError(f"weights of dtypes {sorted(map(str, kinds))}; wanted all float32 or all bfloat16")
+            raise ValueError(
+                f"weights of dtypes {sorted(map(str, kinds))}; wanted all float32 or all bfloat16"
+            )
         dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
         if kinds == {torch.bfloat16}:
             dtypes["low"] = torch.int16
@@ -47,8 +58,13 @@ class AdamW:
         self.own = self.parts[processes.rank]
         self.offloaded = offload and weights.is_cuda
         home = "cpu" if self.offloaded else weights.device
-        self.state = {name: torch.zeros(self.own.stop - self.own.start, dtype=dtype, device=home) for name, dtype in dtypes.items()}
-        self.streamed = StreamedState(list(self.state.values()), weights.device) if self.offloaded else None
+        self.state = {
+            name: torch.zeros(self.own.stop - self.own.start, dtype=dtype, device=home)
+            for name, dtype in dtypes.items()
+        }
+        self.streamed = (
+            StreamedState(list(self.state.values()), weights.device) if self.offloaded else None
+        )
 
     @staticmethod
     def state_bytes_per_weight(dtype: torch.dtype) -> int:
@@ -64,10 +80,15 @@ class AdamW:
         weights = flat_weights(self.params)
         own_weights, own_gradient = weights[self.own], flat_gradient(self.params)[self.own]
         size = PIECE[weights.device.type]
-        places = [slice(start, min(start + size, len(own_weights))) for start in range(0, len(own_weights), size)]
+        places = [
+            slice(start, min(start + size, len(own_weights)))
+            for start in range(0, len(own_weights), size)
+        ]
         changed = torch.zeros(2, device=weights.device)
         resident = ([tensor[place] for tensor in self.state.values()] for place in places)
-        for place, state in zip(places, self.streamed.pieces(places) if self.offloaded else resident, strict=True):
+        for place, state in zip(
+            places, self.streamed.pieces(places) if self.offloaded else resident, strict=True
+        ):
             changed += self._update(own_weights[place], own_gradient[place], *state)
         self.processes.all_gather(weights, self.parts)
         changed = torch.tensor(self.processes.share([changed.tolist()])).sum(dim=0)
@@ -86,12 +107,21 @@ class AdamW:
         shapes = {name: (t.shape, t.dtype) for name, t in saved.items() if name != "steps"}
         expected = {name: (t.shape, t.dtype) for name, t in self.state.items()}
         if shapes != expected:
-            raise ValueError(f"the saved optimizer state has {shapes}, this model needs {expected}; it belongs to another model")
+            raise ValueError(
+                f"the saved optimizer state has {shapes}, this model needs {expected}; it belongs to another model"
+            )
         self.steps = saved["steps"]
         for name, tensor in self.state.items():
             tensor.copy_(saved[name])
 
-    def _update(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None) -> Tensor:
+    def _update(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        low: Tensor | None = None,
+    ) -> Tensor:
         """Overwrites weight and state; returns how many weights changed as stored and as float32."""
         beta1, beta2 = self.betas
         grad = grad.float()
@@ -99,7 +129,9 @@ class AdamW:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         scale = (exp_avg_sq.sqrt() / (1 - beta2**self.steps) ** 0.5).add_(self.eps)
         master = weight if low is None else join_bits(weight, low)
-        updated = (master * (1 - self.lr * self.weight_decay)).addcdiv_(exp_avg, scale, value=-self.lr / (1 - beta1**self.steps))
+        updated = (master * (1 - self.lr * self.weight_decay)).addcdiv_(
+            exp_avg, scale, value=-self.lr / (1 - beta1**self.steps)
+        )
         stored = exact = torch.count_nonzero(updated != master)
         if low is not None:
             updated, new_low = split_bits(updated)

@@ -45,7 +45,11 @@ class Row:
     question_ids: list[int]  # of the groups in the row
 
     def to(self, device: torch.device) -> "Row":
-        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {
+            name: v.to(device, non_blocking=True)
+            for name, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def chunks(self, size: int) -> Iterator["Row"]:
@@ -55,7 +59,9 @@ class Row:
             yield replace(self, **dict(zip(names, tensors, strict=True)))
 
 
-def pack_rows(answers: Iterable[tuple[Episode, float]], micro_batch_tokens: int, multiple: int = 1) -> Iterator[Row]:
+def pack_rows(
+    answers: Iterable[tuple[Episode, float]], micro_batch_tokens: int, multiple: int = 1
+) -> Iterator[Row]:
     """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.
 
     A row holds at least one answer, with its advantage, however long. Rows are made about equally long: few large ones, none nearly
@@ -90,15 +96,25 @@ def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
             segments.append(Segment(prompt_start, len(prompt), prompt_start, 0))
             tokens += prompt
         segments.append(Segment(len(tokens), len(response), prompt_start, len(prompt)))
-        sources += [prompt_start + len(prompt) - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+        sources += [
+            prompt_start + len(prompt) - 1,
+            *range(len(tokens), len(tokens) + len(response) - 1),
+        ]
         tokens += response
         targets += response
         advantages += [advantage] * len(response)
         logprobs += episode.response_logprobs
     positions = [segment.prompt_length + i for segment in segments for i in range(segment.length)]
-    return Row(torch.tensor(tokens), torch.tensor(positions), segments, torch.tensor(sources), torch.tensor(targets),
-               torch.tensor(advantages, dtype=torch.float32), torch.tensor(logprobs, dtype=torch.float32),
-               sorted({episode.question_id for episode, _ in answers}))
+    return Row(
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        segments,
+        torch.tensor(sources),
+        torch.tensor(targets),
+        torch.tensor(advantages, dtype=torch.float32),
+        torch.tensor(logprobs, dtype=torch.float32),
+        sorted({episode.question_id for episode, _ in answers}),
+    )
 
 
 def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
@@ -113,7 +129,9 @@ def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
     layouts, back_S, offset = [], torch.empty(len(row.tokens_S), dtype=torch.long), 0
     for batch in batches.values():
         own_GQ, keys_GC, visible_GQC, real_GQ = _lay_side_by_side(batch)
-        bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device).masked_fill_(~visible_GQC.to(device), -torch.inf)
+        bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device).masked_fill_(
+            ~visible_GQC.to(device), -torch.inf
+        )
         layouts.append((own_GQ.to(device), keys_GC.to(device), bias_GQC.repeat(1, R, 1)[:, None]))
         back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
         offset += own_GQ.numel()
@@ -135,7 +153,9 @@ def _lay_side_by_side(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, 
     """Where a batch of segments finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
     start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor(segments).T[:, :, None]
     steps_Q, steps_L = torch.arange(int(length_G1.max())), torch.arange(int(prompt_length_G1.max()))
-    own_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)  # behind a segment's end: its last token again, which nobody sees
+    own_GQ = start_G1 + steps_Q.minimum(
+        length_G1 - 1
+    )  # behind a segment's end: its last token again, which nobody sees
     prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
     sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, len(steps_Q), -1)
     sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(segments), -1, -1)

@@ -16,21 +16,42 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from harness.console import with_exit_code
 from harness.logs import MetricsLine, read_log
 
-WIDTH, HEIGHT, DOTS_PER_INCH = 9.0, 6.0, 200  # inches; shown 900 pixels wide, sharp on dense screens too
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by colour-blind eyes
+WIDTH, HEIGHT, DOTS_PER_INCH = (
+    9.0,
+    6.0,
+    200,
+)  # inches; shown 900 pixels wide, sharp on dense screens too
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito: told apart by colour-blind eyes
 STYLE = {
-    "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e5e5e5", "lines.linewidth": 1.6,
-    "figure.facecolor": "white", "savefig.facecolor": "white",  # opaque, or dark pages would swallow the letters
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",  # opaque, or dark pages would swallow the letters
     "svg.hashsalt": "grpo",  # the same run gives the same file
-}  # fmt: skip
+}
 
 
 @with_exit_code
 def main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description="Draw reward, held-out success, answer length and entropy of runs.")
+    parser = argparse.ArgumentParser(
+        description="Draw reward, held-out success, answer length and entropy of runs."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories with a metrics.jsonl")
-    parser.add_argument("--out", metavar="FILE", help=".png or .svg (default: curves.png in the first run)")
+    parser.add_argument(
+        "--out", metavar="FILE", help=".png or .svg (default: curves.png in the first run)"
+    )
     arguments = parser.parse_args(argv)
     out = Path(arguments.out or Path(arguments.runs[0]) / "curves.png")
     if out.suffix not in (".png", ".svg"):
@@ -64,12 +85,25 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
             reward.plot(*series(records, "reward"), color=colour, label=name)
             success.plot(*series(records, "eval/success"), color=colour, marker="o", markersize=4)
             steps, low = series(records, "eval/success_low")
-            success.fill_between(steps, low, series(records, "eval/success_high")[1], color=colour, alpha=0.18, linewidth=0)
+            success.fill_between(
+                steps,
+                low,
+                series(records, "eval/success_high")[1],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
             length.plot(*series(records, "completions/mean_length"), color=colour)
-            length.plot(*series(records, "completions/mean_terminated_length"), color=colour, linestyle=(0, (2, 2)))
+            length.plot(
+                *series(records, "completions/mean_terminated_length"),
+                color=colour,
+                linestyle=(0, (2, 2)),
+            )
             entropy.plot(*series(records, "entropy"), color=colour)
         reward.set(title="Reward in training", ylabel="mean per answer")
-        success.set(title="Success on held-out questions", ylabel="share, 95 % interval", ylim=(0, 1))
+        success.set(
+            title="Success on held-out questions", ylabel="share, 95 % interval", ylim=(0, 1)
+        )
         length.set(title="Answer length", ylabel="mean, tokens")
         entropy.set(title="Entropy of the sampling distribution", ylabel="mean, nats per token")
         for panel in (length, entropy):
@@ -77,8 +111,15 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
         for panel in figure.axes:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         success.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        length.legend(length.lines[:2], ["all answers", "finished answers"], loc="lower right", fontsize=9)
-        figure.legend(*reward.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
+        length.legend(
+            length.lines[:2], ["all answers", "finished answers"], loc="lower right", fontsize=9
+        )
+        figure.legend(
+            *reward.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=min(3, len(runs)),
+            frameon=False,
+        )
     return figure
 
 

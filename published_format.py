@@ -51,10 +51,14 @@ class PublishedConfig(BaseModel, strict=True):
     intermediate_size: Size
     num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
     num_attention_heads: Heads
-    num_key_value_heads: Heads = Field(validation_alias=AliasChoices("num_key_value_heads", "num_attention_heads"))
+    num_key_value_heads: Heads = Field(
+        validation_alias=AliasChoices("num_key_value_heads", "num_attention_heads")
+    )
     max_position_embeddings: Annotated[int, Field(gt=0, le=10**9)]
     rms_norm_eps: Positive
-    rope_theta: Positive = Field(validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta")))
+    rope_theta: Positive = Field(
+        validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta"))
+    )
     tie_word_embeddings: bool = False
     bos_token_id: Id | None = None
     eos_token_id: Id | list[Id] | None = None
@@ -69,13 +73,23 @@ def read_config(path: Path) -> PublishedConfig:
         faults = error.errors()
         wrong = next((fault for fault in faults if fault["type"] != "missing"), None)
         if wrong is None:
-            raise ValueError(f"{path} lacks {', '.join(fault['loc'][0] for fault in faults)}; {REMEDY}") from None
+            raise ValueError(
+                f"{path} lacks {', '.join(fault['loc'][0] for fault in faults)}; {REMEDY}"
+            ) from None
         name = wrong["loc"][0]
-        raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {wrong['msg']}; use a dense Qwen2.5 model, or {REMEDY}") from None
-    size, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        raise ValueError(
+            f"{path}: {name}={raw[name]!r:.100}: {wrong['msg']}; use a dense Qwen2.5 model, or {REMEDY}"
+        ) from None
+    size, heads, key_heads = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     if size % (2 * heads) or heads % key_heads or config.head_dim not in (None, size // heads):
-        raise ValueError(f"{path}: hidden_size={size}, num_attention_heads={heads}, num_key_value_heads={key_heads}, head_dim="
-                         f"{config.head_dim} do not divide into heads of one even size; use a dense Qwen2.5 model, or {REMEDY}")
+        raise ValueError(
+            f"{path}: hidden_size={size}, num_attention_heads={heads}, num_key_value_heads={key_heads}, head_dim="
+            f"{config.head_dim} do not divide into heads of one even size; use a dense Qwen2.5 model, or {REMEDY}"
+        )
     return config
 
 
@@ -83,10 +97,17 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
     """Write a config.json that transformers 4 and 5 and vLLM read."""
     name = str(dtype).removeprefix("torch.")
     fixed = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_cache": True, "use_sliding_window": False, "torch_dtype": name, "dtype": name,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "torch_dtype": name,
+        "dtype": name,
         "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(fixed | fields, indent=2) + "\n")
 
 
@@ -104,11 +125,19 @@ def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[st
         for name, tensor in read_tensors(file):
             if name in shapes or name != "lm_head.weight":
                 files[name], found[name] = file, tuple(tensor.shape)
-    wrong = [f"missing {name}" for name in shapes.keys() - found] + [f"unexpected {name}" for name in found.keys() - shapes]
+    wrong = [f"missing {name}" for name in shapes.keys() - found] + [
+        f"unexpected {name}" for name in found.keys() - shapes
+    ]
     both = [(name, found[name], shapes[name]) for name in shapes.keys() & found]
-    wrong += [f"{name} has shape {shape}, config.json implies {wanted}" for name, shape, wanted in both if shape != wanted]
+    wrong += [
+        f"{name} has shape {shape}, config.json implies {wanted}"
+        for name, shape, wanted in both
+        if shape != wanted
+    ]
     if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not match config.json: {'; '.join(sorted(wrong)[:5])}; {REMEDY}")
+        raise ValueError(
+            f"{directory}: {len(wrong)} tensors do not match config.json: {'; '.join(sorted(wrong)[:5])}; {REMEDY}"
+        )
     return files
 
 
@@ -122,27 +151,41 @@ def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
             if files.get(name) != file:
                 continue
             if not tensor.is_floating_point():
-                raise ValueError(f"{file}: {name} is of {tensor.dtype}, not of a float type; quantised models are not read")
+                raise ValueError(
+                    f"{file}: {name} is of {tensor.dtype}, not of a float type; quantised models are not read"
+                )
             weights[name].copy_(tensor)
             if not weights[name].isfinite().all():
-                raise ValueError(f"{file}: {name} holds numbers that are not finite as {weights[name].dtype}; {REMEDY}")
+                raise ValueError(
+                    f"{file}: {name} holds numbers that are not finite as {weights[name].dtype}; {REMEDY}"
+                )
 
 
 def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
     """Write model.safetensors, or shards of at most MAX_SHARD_BYTES and their index."""
-    for stale in directory.glob("model*.safetensors*"):  # an old index would win over a new single file
+    for stale in directory.glob(
+        "model*.safetensors*"
+    ):  # an old index would win over a new single file
         stale.unlink()
     shards = [{}]
     for name, tensor in weights.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
+        if (
+            shards[-1]
+            and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES
+        ):
             shards.append({})
         shards[-1][name] = tensor
-    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    files = {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards, 1)
+    }
     if len(shards) == 1:
         files = {"model.safetensors": weights}
     else:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
-                 "weight_map": {name: file for file, shard in files.items() for name in shard}}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+            "weight_map": {name: file for file, shard in files.items() for name in shard},
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in files.items():
         write_tensors(directory / file, shard)
@@ -151,7 +194,11 @@ def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file. Raises OSError if it cannot be written, whatever the library calls that."""
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from None
 
@@ -168,12 +215,18 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values()):
+    weight_map = (
+        read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
+    )
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(n, str) and Path(n).name == n for n in weight_map.values()
+    ):
         raise ValueError(f"{index} is not a safetensors index; {REMEDY}")
     files = [directory / name for name in sorted(set(weight_map.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} does not exist; {REMEDY} (only safetensors weights are read)")
+        raise FileNotFoundError(
+            f"{missing[0]} does not exist; {REMEDY} (only safetensors weights are read)"
+        )
     return files
 
 
@@ -207,14 +260,18 @@ def validated(kind: type[Record], raw: dict[str, Any], name: str, *, remedy: str
         return kind.model_validate(raw)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise ValueError(f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; {remedy}") from None
+        raise ValueError(
+            f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; {remedy}"
+        ) from None
 
 
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
     try:
         value = json.loads(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a character is no text: nothing could print or encode it
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # half of a character is no text: nothing could print or encode it
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({str(error)[:200]}); {remedy}") from None
     if not isinstance(value, dict):
@@ -225,14 +282,20 @@ def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
 # ---------------------------------------------------------------- rows
 
 
-def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: Path, columns: Sequence[str], *, remedy: str
+) -> list[tuple[str, dict[str, Any]]]:
     """(where it stands, {column: value}) of each row of a .jsonl file or of a dataset directory with data/*.parquet.
 
     Raises FileNotFoundError or ValueError, naming the file, the row and the remedy; ValueError if there are no rows.
     """
     if path.suffix == ".jsonl":
         lines = enumerate(read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n"), 1)
-        rows = [(f"{path}, line {i}", parse_json(line, f"{path}, line {i},", remedy=remedy)) for i, line in lines if line.strip()]
+        rows = [
+            (f"{path}, line {i}", parse_json(line, f"{path}, line {i},", remedy=remedy))
+            for i, line in lines
+            if line.strip()
+        ]
     else:
         rows = _read_parquet(path, columns, remedy)
     for place, row in rows:
@@ -243,18 +306,24 @@ def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> list[tuple[
     return rows
 
 
-def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> list[tuple[str, dict[str, Any]]]:
+def _read_parquet(
+    path: Path, columns: Sequence[str], remedy: str
+) -> list[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted((path / "data").glob("*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{path} {'holds no data/*.parquet' if path.exists() else 'does not exist'}; {remedy}")
+        raise FileNotFoundError(
+            f"{path} {'holds no data/*.parquet' if path.exists() else 'does not exist'}; {remedy}"
+        )
     rows = []
     for file in files:
         try:
             table = pq.read_table(file, columns=list(columns)).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is not a parquet file with the columns {' and '.join(columns)} ({error}); {remedy}") from None
+            raise ValueError(
+                f"{file} is not a parquet file with the columns {' and '.join(columns)} ({error}); {remedy}"
+            ) from None
         rows += [(f"{file}, row {i}", row) for i, row in enumerate(table, 1)]
     return rows

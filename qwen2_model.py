@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from flat import allocate
 from published_format import find_weights, read_config, read_weights, write_config, write_weights
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # (layer, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
 
 SPAN = 64  # cached positions are read in multiples of this, so that a decode step has few distinct shapes
 
@@ -92,10 +94,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=True)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
 
-    def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> Tensor:
         B, S, _ = x_BSE.shape
-        q_BHSD, k_BKSD, v_BKSD = (project(x_BSE).view(B, S, -1, self.head_dim).transpose(1, 2)
-                                  for project in (self.q_proj, self.k_proj, self.v_proj))
+        q_BHSD, k_BKSD, v_BKSD = (
+            project(x_BSE).view(B, S, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out_BHSD = attend(layer, rotate(q_BHSD, *rope), rotate(k_BKSD, *rope), v_BKSD)
         return self.o_proj(out_BHSD.transpose(1, 2).reshape(B, S, -1))
 
@@ -125,7 +131,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> Tensor:
         x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, layer, attend)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
 
@@ -139,7 +147,9 @@ def attend_folded(q_BHSD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, bias_B1QC: Ten
     (B, K, C, D) reads each key once instead of R times, and lets a mask be used with kernels that refuse grouped heads.
     """
     q_BKQD = q_BHSD.reshape(len(q_BHSD), k_BKCD.shape[1], -1, q_BHSD.shape[3])
-    return F.scaled_dot_product_attention(q_BKQD, k_BKCD, v_BKCD, attn_mask=bias_B1QC).reshape(q_BHSD.shape)
+    return F.scaled_dot_product_attention(q_BKQD, k_BKCD, v_BKCD, attn_mask=bias_B1QC).reshape(
+        q_BHSD.shape
+    )
 
 
 class KVCache:
@@ -149,24 +159,47 @@ class KVCache:
     and what stands beyond is never read.
     """
 
-    def __init__(self, config: Qwen2Config, *, batch_size: int, max_len: int, device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_len, config.head_dim)
+    def __init__(
+        self, config: Qwen2Config, *, batch_size: int, max_len: int, device, dtype: torch.dtype
+    ):
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            config.num_key_value_heads,
+            max_len,
+            config.head_dim,
+        )
         # Zeros, because attention multiplies what it masks by 0, and 0 * NaN is NaN.
         self.keys_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBKCD = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.indices = torch.arange(max(batch_size, max_len), device=device)  # of rows and of columns, made once for all steps
+        self.indices = torch.arange(
+            max(batch_size, max_len), device=device
+        )  # of rows and of columns, made once for all steps
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.span = 0  # upper bound of the lengths, known without asking the device
 
     @staticmethod
     def bytes_per_token(config: Qwen2Config, dtype: torch.dtype) -> int:
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return (
+            2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+            * dtype.itemsize
+        )
 
-    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor | slice, columns: int) -> None:
+    def copy_rows(
+        self, source: "KVCache", source_rows: Tensor, rows: Tensor | slice, columns: int
+    ) -> None:
         """Let `rows` here hold what `source_rows` hold there, `columns` positions of it."""
-        for target_LBKCD, origin_LBKCD in ((self.keys_LBKCD, source.keys_LBKCD), (self.values_LBKCD, source.values_LBKCD)):
-            for target_BKCD, origin_BKCD in zip(target_LBKCD, origin_LBKCD, strict=True):  # a layer at a time: a copy comes between
+        for target_LBKCD, origin_LBKCD in (
+            (self.keys_LBKCD, source.keys_LBKCD),
+            (self.values_LBKCD, source.values_LBKCD),
+        ):
+            for target_BKCD, origin_BKCD in zip(
+                target_LBKCD, origin_LBKCD, strict=True
+            ):  # a layer at a time: a copy comes between
                 target_BKCD[rows, :, :columns] = origin_BKCD[source_rows, :, :columns]
         self.lengths_B[rows] = source.lengths_B[source_rows]
 
@@ -178,8 +211,10 @@ class KVCache:
         """Make room for `num_tokens` more in these rows: their positions, and the attention over all."""
         max_len = self.keys_LBKCD.shape[3]
         if self.span + num_tokens > max_len:
-            raise ValueError(f"the KV cache holds {max_len} tokens a row, {self.span} are used and {num_tokens} more do "
-                             f"not fit; make it with max_len={self.span + num_tokens}")
+            raise ValueError(
+                f"the KV cache holds {max_len} tokens a row, {self.span} are used and {num_tokens} more do "
+                f"not fit; make it with max_len={self.span + num_tokens}"
+            )
         columns = self.columns(num_tokens)
         self.span += num_tokens
         positions_BS = self.lengths_B[rows, None] + self.indices[:num_tokens]
@@ -192,7 +227,9 @@ class KVCache:
             keys_BKCD, values_BKCD = self.keys_LBKCD[layer, rows], self.values_LBKCD[layer, rows]
             keys_BKCD[rows_B1, :, positions_BS] = k_BKSD.transpose(1, 2)
             values_BKCD[rows_B1, :, positions_BS] = v_BKSD.transpose(1, 2)
-            return attend_folded(q_BHSD, keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], bias_B1QC)
+            return attend_folded(
+                q_BHSD, keys_BKCD[:, :, :columns], values_BKCD[:, :, :columns], bias_B1QC
+            )
 
         return positions_BS, attend
 
@@ -204,14 +241,24 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         weight_VE = torch.empty(config.vocab_size, config.hidden_size)
-        if not weight_VE.is_meta:  # drawing on the meta device imports nine hundred modules: 5 s and 150 MB
+        if (
+            not weight_VE.is_meta
+        ):  # drawing on the meta device imports nine hundred modules: 5 s and 150 MB
             nn.init.normal_(weight_VE)
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding.from_pretrained(weight_VE, freeze=False),
-            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        })
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding.from_pretrained(weight_VE, freeze=False),
+                "layers": nn.ModuleList(
+                    DecoderLayer(config) for _ in range(config.num_hidden_layers)
+                ),
+                "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+            }
+        )
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     @property
     def head_weight_VE(self) -> nn.Parameter:
@@ -224,15 +271,21 @@ class Transformer(nn.Module):
         # To a gradient that stands already only the rows of these tokens are added, not a whole matrix around them; each row
         # once, summed in float32: added in bf16 token by token, a tied embedding's gradient was off by 11 %, so by 1.4 %.
         ids_U, places_BS = tokens_BS.unique(return_inverse=True)
-        return F.embedding(places_BS, F.embedding(ids_U, weight_VE, sparse=True).float()).to(weight_VE.dtype)
+        return F.embedding(places_BS, F.embedding(ids_U, weight_VE, sparse=True).float()).to(
+            weight_VE.dtype
+        )
 
-    def hidden_states(self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0) -> Tensor:
+    def hidden_states(
+        self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, *, checkpoint_layers: int = 0
+    ) -> Tensor:
         """Final hidden states (B, S, E), after the last norm, in the weights' dtype.
 
         checkpoint_layers: so many layers keep only their input for the backward pass and are run again there.
         """
         D = self.config.head_dim
-        frequencies_D = self.config.rope_theta ** -(torch.arange(0, D, 2, device=tokens_BS.device).float() / D)
+        frequencies_D = self.config.rope_theta ** -(
+            torch.arange(0, D, 2, device=tokens_BS.device).float() / D
+        )
         angles_BSD = (positions_BS[:, :, None].float() * frequencies_D).repeat(1, 1, 2)
         x_BSE = self.embed(tokens_BS)
         rope = angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
@@ -253,11 +306,15 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, causal; padding on the right changes nothing to its left."""
-        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(
+            tokens_BT
+        )
         hidden_BTE = self.hidden_states(tokens_BT, positions_BT, attend_causally)
         return self.logits(hidden_BTE.flatten(0, 1)).float().view(*tokens_BT.shape, -1)
 
-    def next_token_logits(self, tokens_BL: Tensor, cache: KVCache, *, active_B: Tensor | None = None) -> Tensor:
+    def next_token_logits(
+        self, tokens_BL: Tensor, cache: KVCache, *, active_B: Tensor | None = None
+    ) -> Tensor:
         """Append L tokens to each row of the cache and return the logits (B, V), float32, of what comes next.
 
         active_B: False leaves a row as it was, and its logits without meaning. B may be less than the cache's rows: the
@@ -280,11 +337,16 @@ class Transformer(nn.Module):
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         files = find_weights(Path(directory), shapes)
         allocate(model, device=device, dtype=dtype)
-        read_weights(files, {name: parameter.detach() for name, parameter in model.named_parameters()})
+        read_weights(
+            files, {name: parameter.detach() for name, parameter in model.named_parameters()}
+        )
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.safetensors (or shards of at most 5 GB and their index) and config.json in the published format."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_weights(Path(directory), {name: parameter.detach() for name, parameter in self.named_parameters()})
+        write_weights(
+            Path(directory),
+            {name: parameter.detach() for name, parameter in self.named_parameters()},
+        )
         write_config(Path(directory, "config.json"), asdict(self.config), self.head_weight_VE.dtype)

@@ -9,8 +9,16 @@ from tokenizers import Tokenizer as FastTokenizer
 from chat_template import ChatTemplate
 from published_format import read_json, read_text
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-         "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 class Tokenizer:
@@ -21,26 +29,37 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path):
-        text, settings = read_text(directory / "tokenizer.json"), read_json(directory / "tokenizer_config.json")
+        text, settings = (
+            read_text(directory / "tokenizer.json"),
+            read_json(directory / "tokenizer_config.json"),
+        )
         with _told_as(f"{directory / 'tokenizer.json'} is damaged"):
             self._fast = FastTokenizer.from_str(text)
         self._fast.no_truncation()  # a published file may hold those of its training, which would silently shorten and pad prompts
         self._fast.no_padding()
         self._directory = directory
-        self._special = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        self._special = {
+            name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")
+        }
         known = set(self._fast.get_vocab(with_added_tokens=True).values())
         self.stop_ids = self._read_stop_ids(known)
         self.vocab_size = 1 + max(known)
         pad_id = self._fast.token_to_id(self._special["pad_token"])
         self.pad_id = min(self.stop_ids) if pad_id is None else pad_id
         template_file = directory / "chat_template.jinja"
-        template = read_text(template_file) if template_file.exists() else settings.get("chat_template")
+        template = (
+            read_text(template_file) if template_file.exists() else settings.get("chat_template")
+        )
         if not isinstance(template, str):
-            raise ValueError(f"{directory} has no chat template; use an Instruct model, or add its chat_template.jinja")
+            raise ValueError(
+                f"{directory} has no chat template; use an Instruct model, or add its chat_template.jinja"
+            )
         with _told_as(f"{directory}: the chat template does not parse"):
             self._template = ChatTemplate(template)
         # Kept, because a resumed run reads them from a checkpoint that it will remove.
-        self._files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+        self._files = {
+            name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()
+        }
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
@@ -63,7 +82,9 @@ class Tokenizer:
         Raises ValueError if the template fails, reaches outside its sandbox or does not come to an end.
         """
         with _told_as(f"{self._directory}: the chat template fails"):
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._special)
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._special
+            )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the tokenizer's files as they were published."""
@@ -78,8 +99,10 @@ class Tokenizer:
             ids = self._fast.token_to_id(self._special["eos_token"])
         ids = ids if isinstance(ids, list) else [ids]
         if not ids or not all(type(i) is int and i in known for i in ids):
-            raise ValueError(f"{self._directory}: stop ids {ids!r:.100} are not in the tokenizer; set eos_token_id in "
-                             "generation_config.json, or eos_token in tokenizer_config.json")
+            raise ValueError(
+                f"{self._directory}: stop ids {ids!r:.100} are not in the tokenizer; set eos_token_id in "
+                "generation_config.json, or eos_token in tokenizer_config.json"
+            )
         return frozenset(ids)
 
 
@@ -93,5 +116,7 @@ def _content(token: str | dict | None) -> str:
 def _told_as(fault: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the tokenizers library raises bare Exception, a template's code whatever it likes
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises bare Exception, a template's code whatever it likes
         raise ValueError(f"{fault} ({error}); mend it, or fetch the model again") from None

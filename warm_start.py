@@ -46,7 +46,10 @@ STEPS, TRACES_PER_STEP, TRACES_PER_QUESTION = 3000, 64, 2
 LEARNING_RATE_MATRICES, MOMENTUM = 0.02, 0.95  # Muon
 LEARNING_RATE_OTHERS = 1e-2  # AdamW: embedding, norms, biases
 MICRO_BATCH_TOKENS = 2048
-MAX_FIRST, MAX_SECOND = 100, 50  # steps whose value is larger are not written: every number stays one token
+MAX_FIRST, MAX_SECOND = (
+    100,
+    50,
+)  # steps whose value is larger are not written: every number stays one token
 PERSISTENT_SHARE = 0.2  # of the traces: they go on until they hit
 GIVE_UP = 0.5  # probability, in the others, of giving up after a failing attempt
 
@@ -55,17 +58,43 @@ CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-PHRASES = (" + ", " - ", " * ", " / ", " = ", "; ", ", ", ", want ", ": no", ": yes", "\n ", "\n", ", I give up",
-           "</think>\n<answer>", "</answer>", "(", ")")  # fmt: skip
+PHRASES = (
+    " + ",
+    " - ",
+    " * ",
+    " / ",
+    " = ",
+    "; ",
+    ", ",
+    ", want ",
+    ": no",
+    ": yes",
+    "\n ",
+    "\n",
+    ", I give up",
+    "</think>\n<answer>",
+    "</answer>",
+    "(",
+    ")",
+)
 # How Qwen2.5's tokenizer cuts text before its merges; transformers puts it into any tokenizer beside a Qwen2 model.
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @with_exit_code
 def main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description="Make the small base model of config_tiny.yaml from nothing.")
-    parser.add_argument("--out", default="models/tiny", metavar="DIRECTORY", help="must not exist yet (default: models/tiny)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"supervised steps (default: {STEPS})")
+    parser = argparse.ArgumentParser(
+        description="Make the small base model of config_tiny.yaml from nothing."
+    )
+    parser.add_argument(
+        "--out",
+        default="models/tiny",
+        metavar="DIRECTORY",
+        help="must not exist yet (default: models/tiny)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"supervised steps (default: {STEPS})"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
@@ -78,8 +107,10 @@ def main(argv: list[str] | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
         make_base_model(Path(aside, "model"), steps=arguments.steps, seed=arguments.seed)
         Path(aside, "model").rename(out)
-    print(f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out} "
-          f"output_dir=runs/{out.name}")
+    print(
+        f"{out} is made; train it with: uv run train.py --config config_tiny.yaml model.path={out} "
+        f"output_dir=runs/{out.name}"
+    )
 
 
 def make_base_model(directory: Path, *, steps: int, seed: int) -> None:
@@ -89,24 +120,40 @@ def make_base_model(directory: Path, *, steps: int, seed: int) -> None:
     tokenizer = Tokenizer.from_pretrained(directory)
     torch.manual_seed(seed)
     model = new_model(tokenizer, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
-    train_supervised(model, tokenizer, example_groups(problems, tokenizer, random.Random(seed)), steps=steps)
+    train_supervised(
+        model, tokenizer, example_groups(problems, tokenizer, random.Random(seed)), steps=steps
+    )
     model.save_pretrained(directory)
     problem = {"numbers": [3, 5, 7], "target": 22}
     prompt = countdown_task.render_prompt(problem, tokenizer)
-    made_for = {"task": "countdown_task", "problem": problem, "prompt_token_ids": tokenizer.encode(prompt)}
+    made_for = {
+        "task": "countdown_task",
+        "problem": problem,
+        "prompt_token_ids": tokenizer.encode(prompt),
+    }
     (directory / "made_for.json").write_text(json.dumps(made_for) + "\n")
 
 
 # ---------------------------------------------------------------- what it imitates
 
 
-def example_groups(problems, tokenizer: Tokenizer, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+def example_groups(
+    problems, tokenizer: Tokenizer, rng: random.Random
+) -> Iterator[tuple[str, list[str]]]:
     """Endless (prompt, traces) over random training problems."""
     while True:
         problem = problems[rng.randrange(len(problems))]
         pairs = all_attempts(problem["numbers"])
-        if any(value == problem["target"] for pair in pairs for _, seconds in pair for _, _, value in seconds):
-            traces = [make_trace(pairs, problem["target"], rng) + "<|im_end|>" for _ in range(TRACES_PER_QUESTION)]
+        if any(
+            value == problem["target"]
+            for pair in pairs
+            for _, seconds in pair
+            for _, _, value in seconds
+        ):
+            traces = [
+                make_trace(pairs, problem["target"], rng) + "<|im_end|>"
+                for _ in range(TRACES_PER_QUESTION)
+            ]
             yield countdown_task.render_prompt(problem, tokenizer), traces
 
 
@@ -121,7 +168,9 @@ def make_trace(pairs: list[list], target: int, rng: random.Random) -> str:
                 hit = value == target
                 text += f"; {second}, want {target}: {'yes' if hit else 'no'}"
                 if hit or rng.random() < give_up:
-                    return f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
+                    return (
+                        f"{text}{'' if hit else ', I give up'}</think>\n<answer>{answer}</answer>"
+                    )
     raise AssertionError("no attempt hits")
 
 
@@ -135,8 +184,14 @@ def all_attempts(numbers: list[int]) -> list[list[tuple[str, list[tuple[str, str
         pair = []
         for form, between in _results(left, right, largest=MAX_FIRST):
             inner = form.format(left, right)
-            seconds = [(outer.format(f"({inner})", third), f"{outer.format(between, third)} = {value}", value)
-                       for outer, value in _results(between, third, largest=MAX_SECOND)]
+            seconds = [
+                (
+                    outer.format(f"({inner})", third),
+                    f"{outer.format(between, third)} = {value}",
+                    value,
+                )
+                for outer, value in _results(between, third, largest=MAX_SECOND)
+            ]
             if inner not in known:
                 pair.append((f"{inner} = {between}", seconds))
             known.add(inner)
@@ -164,24 +219,51 @@ def make_tokenizer(directory: Path) -> None:
     gives every tokenizer beside a Qwen2 model Qwen's own normalizer and pre-tokenizer.
     """
     before, between, after = re.split("{numbers}|{target}", countdown_task.USER_TEMPLATE)
-    sentences = [f"system\n{countdown_task.SYSTEM_MESSAGE}", f"user\n{before}[", f"]{between}", after,
-                 f"assistant\n{countdown_task.RESPONSE_PREFIX}"]
+    sentences = [
+        f"system\n{countdown_task.SYSTEM_MESSAGE}",
+        f"user\n{before}[",
+        f"]{between}",
+        after,
+        f"assistant\n{countdown_task.RESPONSE_PREFIX}",
+    ]
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
     fast.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
-    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
-    fast.add_tokens([AddedToken(text, normalized=False) for text in (*sentences, *PHRASES, *map(str, range(MAX_FIRST + 1)))])
+    fast.add_tokens(
+        [
+            AddedToken(text, normalized=False)
+            for text in (*sentences, *PHRASES, *map(str, range(MAX_FIRST + 1)))
+        ]
+    )
     directory.mkdir(parents=True)
     fast.save(str(directory / "tokenizer.json"))
     (directory / "vocab.json").write_text(json.dumps(vocab))
     (directory / "merges.txt").write_text("#version: 0.2\n")
-    added = {str(i): {"content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                      "special": token.special} for i, token in fast.get_added_tokens_decoder().items()}  # fmt: skip
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "added_tokens_decoder": added}  # fmt: skip
+    added = {
+        str(i): {
+            "content": token.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token.special,
+        }
+        for i, token in fast.get_added_tokens_decoder().items()
+    }
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": added,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     stops = {"eos_token_id": [fast.token_to_id("<|im_end|>"), fast.token_to_id("<|endoftext|>")]}
     (directory / "generation_config.json").write_text(json.dumps(stops) + "\n")
@@ -190,11 +272,18 @@ def make_tokenizer(directory: Path) -> None:
 def new_model(tokenizer: Tokenizer, *, hidden_size: int, num_layers: int) -> Transformer:
     """A freshly initialised Qwen2 in float32 on the CPU."""
     shape = Qwen2Config(
-        vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers, num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KEY_HEADS,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
+        vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KEY_HEADS,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
         eos_token_id=min(tokenizer.stop_ids),
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = Transformer(shape)
     allocate(model, device="cpu", dtype=torch.float32)
@@ -209,7 +298,9 @@ def new_model(tokenizer: Tokenizer, *, hidden_size: int, num_layers: int) -> Tra
 # ---------------------------------------------------------------- supervised training
 
 
-def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[tuple[str, list[str]]], *, steps: int) -> None:
+def train_supervised(
+    model: Transformer, tokenizer: Tokenizer, groups: Iterator[tuple[str, list[str]]], *, steps: int
+) -> None:
     """Maximum likelihood of the traces: the policy gradient of answers that all have advantage 1.
 
     Muon for the layers' matrices, AdamW for the rest, rates falling linearly to 0.
@@ -225,11 +316,23 @@ def train_supervised(model: Transformer, tokenizer: Tokenizer, groups: Iterator[
             prompt_ids = tokenizer.encode(prompt)
             for response in responses:
                 ids = tokenizer.encode(response)
-                episodes.append(Episode(question_id, prompt_ids, ids, [0.0] * len(ids), True, response, Reward(1.0, {})))
+                episodes.append(
+                    Episode(
+                        question_id,
+                        prompt_ids,
+                        ids,
+                        [0.0] * len(ids),
+                        True,
+                        response,
+                        Reward(1.0, {}),
+                    )
+                )
         num_tokens, loss = sum(len(e.response_token_ids) for e in episodes), 0.0
         zero_gradient(model.parameters())
         for row in pack_rows([(e, 1.0) for e in episodes], MICRO_BATCH_TOKENS):
-            part, _ = row_loss(model, row, num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size)
+            part, _ = row_loss(
+                model, row, num_tokens, temperature=1.0, vocab_size=tokenizer.vocab_size
+            )
             part.backward()
             loss += part.item()
         left = 1 - step / steps

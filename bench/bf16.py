@@ -22,11 +22,15 @@ OURS, STOCHASTIC, PLAIN = "bf16 + 16 low bits", "bf16, stochastic rounding", "pl
 
 
 def main() -> None:
-    print(f"{'learning rate':14}{'stored as':26}{'error of what is stored':>24}{'of what the model sees':>24}")
+    print(
+        f"{'learning rate':14}{'stored as':26}{'error of what is stored':>24}{'of what the model sees':>24}"
+    )
     for lr in (1e-6, 1e-5):
         start, exact, _ = train(lr, "float32")
         for kind in (OURS, STOCHASTIC, PLAIN):
-            errors = [(weight - exact).norm() / (exact - start).norm() for weight in train(lr, kind)[1:]]
+            errors = [
+                (weight - exact).norm() / (exact - start).norm() for weight in train(lr, kind)[1:]
+            ]
             print(f"{lr:<14g}{kind:26}{errors[0]:24.2%}{errors[1]:24.2%}")
 
 
@@ -36,8 +40,14 @@ def train(lr: float, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     start = (0.02 * torch.randn(SIZE, SIZE, generator=generator)).bfloat16().float()
     answer = start + 0.002 * torch.randn(SIZE, SIZE, generator=generator).sign()
     weight = nn.Parameter(start.clone() if kind == "float32" else start.bfloat16())
-    master = nn.Parameter(start.clone()) if kind == STOCHASTIC else weight  # if not the weight, thrown away after every step
-    optimizer = AdamW([weight], lr=lr) if kind == OURS else torch.optim.AdamW([master], lr=lr, weight_decay=0.0)
+    master = (
+        nn.Parameter(start.clone()) if kind == STOCHASTIC else weight
+    )  # if not the weight, thrown away after every step
+    optimizer = (
+        AdamW([weight], lr=lr)
+        if kind == OURS
+        else torch.optim.AdamW([master], lr=lr, weight_decay=0.0)
+    )
     for _ in range(STEPS):
         inputs = torch.randn(BATCH, SIZE, generator=generator)
         error = inputs @ (weight.detach().float() - answer)
@@ -49,7 +59,13 @@ def train(lr: float, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
             bits = (master.detach().view(torch.int32) + noise) & ~0xFFFF
             weight.data.copy_(bits.view(torch.float32))
     seen = weight.detach().float()
-    return start, join_bits(weight.detach(), optimizer.state["low"].view_as(weight)) if kind == OURS else seen, seen
+    return (
+        start,
+        join_bits(weight.detach(), optimizer.state["low"].view_as(weight))
+        if kind == OURS
+        else seen,
+        seen,
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,16 @@ from harness.plan import PUBLISHED, find_shape, num_weights
 from qwen2_model import Qwen2Config, Transformer
 
 TINY = Qwen2Config(
-    vocab_size=640, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
+    vocab_size=640,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
 )
 SHAPES = ["tiny", *PUBLISHED]
 IMPORTED_BYTES = {"cpu": console.peak_bytes("cpu"), "cuda": 0}
@@ -60,7 +68,9 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     rate = 2 * size**3 / _typical_seconds(lambda: a @ b)
-    print(f"{device}: {rate / 1e9:,.0f} GFLOP/s {dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{device}: {rate / 1e9:,.0f} GFLOP/s {dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     return rate
 
 

@@ -26,22 +26,37 @@ def main() -> None:
     flops, bandwidth = matrix_rate(args.device, getattr(torch, args.dtype)), copy_rate(args.device)
     model = random_model(args)
     vocab_size = model.config.vocab_size
-    tokenizer = AnyTokenizer(vocab_size, frozenset(range(vocab_size // args.mean if args.mean else 0)))
+    tokenizer = AnyTokenizer(
+        vocab_size, frozenset(range(vocab_size // args.mean if args.mean else 0))
+    )
     questions = random_questions(args.questions, args.prompt, vocab_size)
     for _ in range(args.repeat):
         watch = PhaseWatch("rollout")
         with cpu.packed_for_decoding(model, args.questions * args.answers):
-            episodes = rollout(model, tokenizer, questions, num_answers=args.answers, max_gen_len=args.length, temperature=1.0,
-                               reward_function=random_reward(), generator=torch.Generator().manual_seed(0), watch=watch,
-                               cache_bytes=int(args.cache_gib * 2**30) if args.cache_gib else None)
+            episodes = rollout(
+                model,
+                tokenizer,
+                questions,
+                num_answers=args.answers,
+                max_gen_len=args.length,
+                temperature=1.0,
+                reward_function=random_reward(),
+                generator=torch.Generator().manual_seed(0),
+                watch=watch,
+                cache_bytes=int(args.cache_gib * 2**30) if args.cache_gib else None,
+            )
         lengths = [len(e.response_token_ids) for e in episodes]
-        prefill, decode = floor_seconds(model, args.prompt, args.questions, lengths, flops, bandwidth)
+        prefill, decode = floor_seconds(
+            model, args.prompt, args.questions, lengths, flops, bandwidth
+        )
         seconds, tokens = watch.seconds["prefill"] + watch.seconds["decode"], sum(lengths)
-        print(f"prefill {watch.seconds['prefill']:6.2f} s (floor {prefill:.2f})  "
-              f"decode {watch.seconds['decode']:6.2f} s (floor {decode:.2f})  "
-              f"{tokens / seconds:7.1f} tokens/s, {(prefill + decode) / seconds:.0%} of the floor's; mean length "
-              f"{tokens / len(lengths):.0f}, wasted row-steps {1 - tokens / watch.counts['row_steps']:.1%}, "
-              f"peak memory {peak_gib(args.device):.2f} GiB")
+        print(
+            f"prefill {watch.seconds['prefill']:6.2f} s (floor {prefill:.2f})  "
+            f"decode {watch.seconds['decode']:6.2f} s (floor {decode:.2f})  "
+            f"{tokens / seconds:7.1f} tokens/s, {(prefill + decode) / seconds:.0%} of the floor's; mean length "
+            f"{tokens / len(lengths):.0f}, wasted row-steps {1 - tokens / watch.counts['row_steps']:.1%}, "
+            f"peak memory {peak_gib(args.device):.2f} GiB"
+        )
 
 
 def floor_seconds(model, prompt, questions, lengths, flops, bandwidth) -> tuple[float, float]:
@@ -50,7 +65,9 @@ def floor_seconds(model, prompt, questions, lengths, flops, bandwidth) -> tuple[
     for step in range(max(lengths)):
         rows = sum(n > step for n in lengths)
         cached = KVCache.bytes_per_token(model.config, dtype) * (prompt + step) * rows
-        decode += max(((body + head) * dtype.itemsize + cached) / bandwidth, 2 * (body + head) * rows / flops)
+        decode += max(
+            ((body + head) * dtype.itemsize + cached) / bandwidth, 2 * (body + head) * rows / flops
+        )
     return prefill, decode
 
 

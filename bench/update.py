@@ -25,22 +25,41 @@ def main() -> None:
     args = parser.parse_args()
     model = random_model(args)
     optimizer = AdamW(model.parameters(), lr=1e-6, offload=args.offload)
-    episodes = random_episodes(args.questions, args.answers, args.prompt, args.length, mean=args.mean,
-                               vocab_size=model.config.vocab_size)
-    responses, (body, head) = sum(len(e.response_token_ids) for e in episodes), body_and_head(model.config)
+    episodes = random_episodes(
+        args.questions,
+        args.answers,
+        args.prompt,
+        args.length,
+        mean=args.mean,
+        vocab_size=model.config.vocab_size,
+    )
+    responses, (body, head) = (
+        sum(len(e.response_token_ids) for e in episodes),
+        body_and_head(model.config),
+    )
     needed = 6 * body * (responses + args.questions * args.prompt) + 6 * head * responses
     state = 0 if optimizer.offloaded else sum(t.nbytes for t in optimizer.state.values())
     standing = (2 * sum(p.nbytes for p in model.parameters()) + state) / 2**30
     flops = matrix_rate(args.device, model.head_weight_VE.dtype)
     for _ in range(args.repeat):
         start, watch = time.perf_counter(), PhaseWatch("update")
-        update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, watch=watch,
-                      micro_batch_tokens=args.micro_batch_tokens, checkpoint_layers=args.checkpoint_layers)
+        update_policy(
+            model,
+            optimizer,
+            episodes,
+            max_grad_norm=1.0,
+            skip_unfinished=False,
+            watch=watch,
+            micro_batch_tokens=args.micro_batch_tokens,
+            checkpoint_layers=args.checkpoint_layers,
+        )
         seconds = time.perf_counter() - start
-        print(f"{seconds:6.2f} s: gradient {watch.seconds['gradient']:.2f}, optimizer {watch.seconds['optimizer']:.2f}; "
-              f"{responses / seconds:7.1f} response tokens/s, {watch.counts['tokens_run']} tokens run; utilisation of the gradient "
-              f"{needed / flops / watch.seconds['gradient']:.0%}; peak {peak_gib(args.device):.2f} GiB, "
-              f"{peak_gib(args.device) - standing:.2f} above weights, gradients and optimizer state")
+        print(
+            f"{seconds:6.2f} s: gradient {watch.seconds['gradient']:.2f}, optimizer {watch.seconds['optimizer']:.2f}; "
+            f"{responses / seconds:7.1f} response tokens/s, {watch.counts['tokens_run']} tokens run; utilisation of the gradient "
+            f"{needed / flops / watch.seconds['gradient']:.0%}; peak {peak_gib(args.device):.2f} GiB, "
+            f"{peak_gib(args.device) - standing:.2f} above weights, gradients and optimizer state"
+        )
 
 
 if __name__ == "__main__":

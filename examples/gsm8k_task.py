@@ -26,14 +26,23 @@ def load_problems(data) -> tuple[list[dict], list[dict]]:
 
     Raises FileNotFoundError or ValueError naming the file, the row and the remedy.
     """
-    remedy = ('take grade_school_math/data/train.jsonl from https://github.com/openai/grade-school-math, or any .jsonl of '
-              '{"question": "…", "answer": "… #### 42"}')
-    rows = [_read_problem(place, row) for place, row in read_rows(Path(data.path), ("question", "answer"), remedy=remedy)]
+    remedy = (
+        "take grade_school_math/data/train.jsonl from https://github.com/openai/grade-school-math, or any .jsonl of "
+        '{"question": "…", "answer": "… #### 42"}'
+    )
+    rows = [
+        _read_problem(place, row)
+        for place, row in read_rows(Path(data.path), ("question", "answer"), remedy=remedy)
+    ]
     if len(rows) <= data.test_size:
-        raise ValueError(f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; lower it")
+        raise ValueError(
+            f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; lower it"
+        )
     test = rows[-data.test_size :]
     held_out = {problem["question"] for problem in test}
-    return [problem for problem in rows[: -data.test_size] if problem["question"] not in held_out], test
+    return [
+        problem for problem in rows[: -data.test_size] if problem["question"] not in held_out
+    ], test
 
 
 def render_prompt(problem: dict, tokenizer) -> str:
@@ -50,10 +59,14 @@ def reward_function(response: str, question: str, number: Decimal) -> Reward:
     answer, closed, after = rest.partition("</answer>")
     correct = float(bool(opened and closed) and parse_number(answer) == number)
     well_formed = float(
-        bool(opened and closed) and not before.strip() and not after.strip()
+        bool(opened and closed)
+        and not before.strip()
+        and not after.strip()
         and not any(tag in thinking or tag in answer for tag in TAGS)
-    )  # fmt: skip
-    return Reward(total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct})
+    )
+    return Reward(
+        total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct}
+    )
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -66,5 +79,7 @@ def _read_problem(place: str, row: dict) -> dict:
     question, answer = row["question"], str(row["answer"])
     number = parse_number(answer.rpartition("####")[2])
     if number is None or not isinstance(question, str):
-        raise ValueError(f'{place}: the answer {answer[-60:]!r} does not end in a number; wanted "42" or "… #### 42"')
+        raise ValueError(
+            f'{place}: the answer {answer[-60:]!r} does not end in a number; wanted "42" or "… #### 42"'
+        )
     return {"question": question, "number": number}

@@ -54,22 +54,35 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def checkpoints(directory: Path) -> list[Path]:
     """What is named like a checkpoint, oldest first."""
-    found = [path for path in directory.glob("step-*") if re.fullmatch("step-[0-9]{6,18}", path.name) and path.is_dir()]
+    found = [
+        path
+        for path in directory.glob("step-*")
+        if re.fullmatch("step-[0-9]{6,18}", path.name) and path.is_dir()
+    ]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(directory: Path, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, place: Place, *,
-                    keep: int | None) -> None:
+def save_checkpoint(
+    directory: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: AdamW,
+    place: Place,
+    *,
+    keep: int | None,
+) -> None:
     """Write the checkpoint of place.step, then remove all before it but the newest `keep`; None: remove nothing.
 
     Raises NotSaved if it cannot be written; then earlier checkpoints are untouched and nothing half-written stays.
     """
     processes, first = optimizer.processes, optimizer.processes.rank == 0
     final, aside = checkpoint_path(directory, place.step), directory / f"{ASIDE}{place.step:06d}"
-    own_file = aside / (OPTIMIZER if processes.size == 1 else PART.format(processes.rank + 1, processes.size))
+    own_file = aside / (
+        OPTIMIZER if processes.size == 1 else PART.format(processes.rank + 1, processes.size)
+    )
     state = optimizer.state_dict()
     place.optimizer_steps = state.pop("steps")
     try:
@@ -78,8 +91,10 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer: Tokenizer, o
             state_bytes = processes.size * sum(t.nbytes for t in state.values())
             needed = sum(t.nbytes for t in model.parameters()) + state_bytes + SLACK_BYTES
             if needed > (free := shutil.disk_usage(directory).free):
-                raise OSError(f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower "
-                              "training.keep_checkpoints")
+                raise OSError(
+                    f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower "
+                    "training.keep_checkpoints"
+                )
         with by_all(processes):
             if first:
                 model.save_pretrained(aside)
@@ -88,10 +103,15 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer: Tokenizer, o
             write_tensors(own_file, state)
             _sync(own_file)
             own_sum = checksum(own_file)
-        sums = dict(processes.share([(own_file.name, own_sum)]))  # and from here on all files are there
+        sums = dict(
+            processes.share([(own_file.name, own_sum)])
+        )  # and from here on all files are there
         with by_all(processes):
             if first:
-                sums = {file.name: sums.get(file.name) or checksum(file) for file in sorted(aside.iterdir())}
+                sums = {
+                    file.name: sums.get(file.name) or checksum(file)
+                    for file in sorted(aside.iterdir())
+                }
                 (aside / COMPLETE).write_text(json.dumps(sums) + "\n")
                 for path in (*aside.iterdir(), aside):
                     _sync(path)
@@ -100,7 +120,9 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer: Tokenizer, o
                 aside.rename(final)
                 _sync(directory)
     except OSError as error:
-        raise NotSaved(f"the checkpoint of step {place.step} could not be written to {directory}: {error}") from None
+        raise NotSaved(
+            f"the checkpoint of step {place.step} could not be written to {directory}: {error}"
+        ) from None
     finally:
         if first:
             _remove(aside)
@@ -151,7 +173,9 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-Found = tuple[Path, Place, dict[str, Tensor]]  # a checkpoint, the run's place, and the own part of the optimizer's state
+Found = tuple[
+    Path, Place, dict[str, Tensor]
+]  # a checkpoint, the run's place, and the own part of the optimizer's state
 
 
 def find_place(directory: Path, processes: Alone) -> Found | None:
@@ -176,7 +200,9 @@ def newest_good(directory: Path, processes: Alone = ALONE) -> Found | None:
         except (ValueError, OSError) as error:
             say(f"passing over {path}: {error}")
     if found:
-        raise ValueError(f"every checkpoint in {directory} is damaged; put a good one back, or remove them all and start over")
+        raise ValueError(
+            f"every checkpoint in {directory} is damaged; put a good one back, or remove them all and start over"
+        )
     return None
 
 
@@ -192,17 +218,28 @@ def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[s
     weights = list(path.glob("model*.safetensors"))
     if not weights:
         raise ValueError("it holds no weights")
-    if broken := [name for file in weights for name, tensor in read_tensors(file) if not tensor.isfinite().all()]:
+    if broken := [
+        name
+        for file in weights
+        for name, tensor in read_tensors(file)
+        if not tensor.isfinite().all()
+    ]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
     written = [dict(read_tensors(path / name)) for name in state_files]
     if any(state.keys() != written[0].keys() for state in written):
         raise ValueError("the parts of the optimizer's state do not belong together")
-    return place, {name: _own_part([state[name] for state in written], processes) for name in written[0]}
+    return place, {
+        name: _own_part([state[name] for state in written], processes) for name in written[0]
+    }
 
 
 def _own_part(written: list[Tensor], processes: Alone) -> Tensor:
     """Of a flat tensor that was written in parts. One that was written whole is not copied."""
-    own, pieces, start = processes.parts_of(sum(map(len, written)), ALIGNMENT)[processes.rank], [], 0
+    own, pieces, start = (
+        processes.parts_of(sum(map(len, written)), ALIGNMENT)[processes.rank],
+        [],
+        0,
+    )
     for tensor in written:
         pieces.append(tensor[max(own.start - start, 0) : max(own.stop - start, 0)])
         start += len(tensor)
@@ -218,8 +255,13 @@ def check_files(path: Path) -> list[str]:
     state_files = sorted(name for name in sums if name.startswith("optimizer")) or [OPTIMIZER]
     if lacking := {"config.json", PLACE, *state_files} - sums.keys():
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
-    if state_files not in ([OPTIMIZER], [PART.format(rank, len(state_files)) for rank in range(1, len(state_files) + 1)]):
-        raise ValueError(f"{COMPLETE} names {', '.join(state_files):.200}, which are not all parts of the optimizer's state")
+    if state_files not in (
+        [OPTIMIZER],
+        [PART.format(rank, len(state_files)) for rank in range(1, len(state_files) + 1)],
+    ):
+        raise ValueError(
+            f"{COMPLETE} names {', '.join(state_files):.200}, which are not all parts of the optimizer's state"
+        )
     for name, written in sums.items():
         if Path(name).name != name:
             raise ValueError(f"{COMPLETE} names {name!r:.100}, which is no file of the checkpoint")

@@ -58,7 +58,9 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(min_length=1, examples=[0.9, 0.999])
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        min_length=1, examples=[0.9, 0.999]
+    )
     eps: float = Field(ge=1e-30)  # below, it is 0 in float32
     weight_decay: float = Field(ge=0.0, le=1.0)
     offload: bool
@@ -79,13 +81,19 @@ class Config(Section, Generic[DataOfTask]):
     def _fit_together(self) -> "Config":
         answers, questions = self.training.batch_size, self.training.num_questions_per_batch
         if answers % questions:
-            raise ValueError(f"training.batch_size={answers} must be a multiple of training.num_questions_per_batch={questions}; "
-                             f"the nearest is {questions * max(2, round(answers / questions))}")
+            raise ValueError(
+                f"training.batch_size={answers} must be a multiple of training.num_questions_per_batch={questions}; "
+                f"the nearest is {questions * max(2, round(answers / questions))}"
+            )
         if answers == questions:
-            raise ValueError(f"training.batch_size={answers} makes groups of one answer, which have nothing to compare with; "
-                             f"set it to {8 * questions}, or lower training.num_questions_per_batch")
+            raise ValueError(
+                f"training.batch_size={answers} makes groups of one answer, which have nothing to compare with; "
+                f"set it to {8 * questions}, or lower training.num_questions_per_batch"
+            )
         if len(self.optimizer.betas) != 2:
-            raise ValueError(f"optimizer.betas={self.optimizer.betas} must be two numbers, for example [0.9, 0.999]")
+            raise ValueError(
+                f"optimizer.betas={self.optimizer.betas} must be two numbers, for example [0.9, 0.999]"
+            )
         return self
 
 
@@ -98,7 +106,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            raise ValueError(f"{override!r} is not an override; write key.path=value, for example training.learning_rate=5e-6")
+            raise ValueError(
+                f"{override!r} is not an override; write key.path=value, for example training.learning_rate=5e-6"
+            )
         value = _parse(text, f"{override[:100]!r}: the value")
         for part in reversed(key.split(".", MAX_DEPTH)):
             value = {part: value}
@@ -109,7 +119,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         return whole.model_validate(raw)
     except ValidationError as error:
         fields = _fields(whole)
-        raise ValueError("\n".join(dict.fromkeys(_describe(fault, fields) for fault in error.errors()[:MAX_FAULTS]))) from None
+        raise ValueError(
+            "\n".join(
+                dict.fromkeys(_describe(fault, fields) for fault in error.errors()[:MAX_FAULTS])
+            )
+        ) from None
 
 
 def as_yaml(config: Config) -> str:
@@ -120,23 +134,32 @@ def as_yaml(config: Config) -> str:
 # ---------------------------------------------------------------- faults in words
 
 WANTED = {  # by pydantic's name of the fault
-    "greater_than_equal": "must be at least {ge}", "less_than_equal": "must be at most {le}", "greater_than": "must be above {gt}",
-    "less_than": "must be below {lt}", "string_type": "is a {}; wanted a str", "bool_type": "is a {}; wanted a bool",
-    "int_type": "is a {}; wanted an int", "float_type": "is a {}; wanted a float",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be above {gt}",
+    "less_than": "must be below {lt}",
+    "string_type": "is a {}; wanted a str",
+    "bool_type": "is a {}; wanted a bool",
+    "int_type": "is a {}; wanted an int",
+    "float_type": "is a {}; wanted a float",
     "model_type": "must be a section of key: value lines",
-}  # fmt: skip
+}
 
 
 def _describe(fault: dict, fields: dict[str, FieldInfo]) -> str:
     """One fault that pydantic found, as a line."""
-    key = ".".join(part for part in fault["loc"] if isinstance(part, str))  # the place in a list does not matter
+    key = ".".join(
+        part for part in fault["loc"] if isinstance(part, str)
+    )  # the place in a list does not matter
     section, _, name = key.rpartition(".")
     kind, value = fault["type"], fault["input"]
     if kind == "missing":
         return f"config key {key} is missing; config.yaml shows every key with its meaning"
     if kind == "extra_forbidden":
         keys = sorted(fields, key=lambda known: known.startswith(f"{section}."))
-        known = {key.rpartition(".")[2]: key for key in keys}  # of two of one name, the one in this section
+        known = {
+            key.rpartition(".")[2]: key for key in keys
+        }  # of two of one name, the one in this section
         near = difflib.get_close_matches(name, known, n=1)
         return f"unknown config key {key[:200]}; {f'did you mean {known[near[0]]}?' if near else 'config.yaml shows every key'}"
     if kind == "value_error":
@@ -145,7 +168,9 @@ def _describe(fault: dict, fields: dict[str, FieldInfo]) -> str:
         wanted = WANTED[kind].format(type(value).__name__, **fault.get("ctx", {}))
     elif kind in ("list_type", "too_short"):
         examples = fields[key].examples if key in fields else None
-        wanted = f"must be a list, for example {examples}" if examples else "must be a list, not empty"
+        wanted = (
+            f"must be a list, for example {examples}" if examples else "must be a list, not empty"
+        )
     else:
         wanted = f"must be {fault['msg'].removeprefix('Input should be ')}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
@@ -176,10 +201,14 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if event.anchor or getattr(event, "tag", None):  # an alias has an anchor, too
-            raise yaml.MarkedYAMLError(None, None, "anchors, aliases and tags are not read", event.start_mark)
+            raise yaml.MarkedYAMLError(
+                None, None, "anchors, aliases and tags are not read", event.start_mark
+            )
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark)
+            raise yaml.MarkedYAMLError(
+                None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -189,16 +218,22 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str) or name in mapping:
-                raise yaml.MarkedYAMLError(None, None, f"the key {name!r:.100} must be a word, given once", key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    None, None, f"the key {name!r:.100} must be a word, given once", key.start_mark
+                )
             mapping[name] = self.construct_object(value, deep=True)
         return mapping
 
 
 for _kind, _form in (
-    ("null", r"~|null|"), ("bool", r"true|false|yes|no|on|off"), ("int", r"[-+]?(0|[1-9][0-9]*)"),
+    ("null", r"~|null|"),
+    ("bool", r"true|false|yes|no|on|off"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)"),
     ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
-):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_form})$", re.IGNORECASE), None)
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_form})$", re.IGNORECASE), None
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -212,15 +247,21 @@ def _parse(text: str, name: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         problem = f"{error.context or ''} {error.problem}".strip()
-        raise ValueError(f"{name} is not YAML: {problem:.300} (line {error.problem_mark.line + 1})") from None
+        raise ValueError(
+            f"{name} is not YAML: {problem:.300} (line {error.problem_mark.line + 1})"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:  # a control character, a number of 5,000 digits
         raise ValueError(f"{name} is not YAML: {str(error).splitlines()[0]:.300}") from None
 
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
-    text = read_text(path, remedy="the repository has config.yaml and config_tiny.yaml", limit=MAX_BYTES)
+    text = read_text(
+        path, remedy="the repository has config.yaml and config_tiny.yaml", limit=MAX_BYTES
+    )
     if path.resolve() in extended_by:
-        raise ValueError(f"{path} extends itself, by way of {', '.join(p.name for p in extended_by)}; remove one `extends:`")
+        raise ValueError(
+            f"{path} extends itself, by way of {', '.join(p.name for p in extended_by)}; remove one `extends:`"
+        )
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not key: value lines")

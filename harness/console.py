@@ -17,12 +17,18 @@ from data_types import ALONE, Alone, Watch
 
 UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step"}
 COLUMNS = {  # column: (metric, format); 80 characters wide in all
-    "step": ("step", "{:>5d}"), "reward": ("reward", "{:6.3f}"), "solved": ("rewards/answer", "{:6.1%}"),
-    "format": ("rewards/format", "{:6.1%}"), "equal": ("frac_reward_zero_std", "{:5.0%}"),
-    "length": ("completions/mean_length", "{:6.1f}"), "cut off": ("completions/clipped_ratio", "{:7.1%}"),
-    "entropy": ("entropy", "{:7.3f}"), "|grad|": ("grad_norm", "{:6.3f}"), "Δlogp": ("sampling/logp_difference_mean", "{:7.1e}"),
+    "step": ("step", "{:>5d}"),
+    "reward": ("reward", "{:6.3f}"),
+    "solved": ("rewards/answer", "{:6.1%}"),
+    "format": ("rewards/format", "{:6.1%}"),
+    "equal": ("frac_reward_zero_std", "{:5.0%}"),
+    "length": ("completions/mean_length", "{:6.1f}"),
+    "cut off": ("completions/clipped_ratio", "{:7.1%}"),
+    "entropy": ("entropy", "{:7.3f}"),
+    "|grad|": ("grad_norm", "{:6.3f}"),
+    "Δlogp": ("sampling/logp_difference_mean", "{:7.1e}"),
     "s/step": ("seconds", "{:6.2f}"),
-}  # fmt: skip
+}
 
 
 class PhaseWatch(Watch):
@@ -32,7 +38,9 @@ class PhaseWatch(Watch):
     `critical`: from the moment at which the weights begin to change; whoever has noted whose they now are takes it back.
     """
 
-    def __init__(self, phase: str, check: Callable[[], None] = lambda: None, processes: Alone = ALONE):
+    def __init__(
+        self, phase: str, check: Callable[[], None] = lambda: None, processes: Alone = ALONE
+    ):
         self.phase, self.check, self.processes = phase, check, processes
         self.seconds, self.counts, self.critical = Counter(), Counter(), False
         self.card_bytes = 0  # in use on the card at the end of a part, by whomever: with the context, graphs and holes
@@ -41,7 +49,12 @@ class PhaseWatch(Watch):
     @contextmanager
     def part(self, name: str, total: int) -> Iterator[None]:
         clock, self.critical = time.perf_counter(), self.critical or name == "optimizer"
-        with bar(f"{self.phase}: {name}", total, UNITS.get(name, "answers"), hidden=self.processes.rank > 0) as self._bar:
+        with bar(
+            f"{self.phase}: {name}",
+            total,
+            UNITS.get(name, "answers"),
+            hidden=self.processes.rank > 0,
+        ) as self._bar:
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
@@ -60,9 +73,20 @@ class PhaseWatch(Watch):
 @contextmanager
 def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
     """A bar on a terminal, of which nothing is left at the end, not even the "^C" of whoever ended it."""
-    form, columns = "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}{postfix} [{elapsed}]", shutil.get_terminal_size().columns
-    shown = tqdm(desc=title, total=total, unit=unit, bar_format=form, ncols=columns - len("^C^C "), leave=False,
-                 miniters=0, disable=hidden or None)  # fmt: skip
+    form, columns = (
+        "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}{postfix} [{elapsed}]",
+        shutil.get_terminal_size().columns,
+    )
+    shown = tqdm(
+        desc=title,
+        total=total,
+        unit=unit,
+        bar_format=form,
+        ncols=columns - len("^C^C "),
+        leave=False,
+        miniters=0,
+        disable=hidden or None,
+    )
     erase = "" if shown.disable else "\033[K"
     try:
         yield shown
@@ -73,7 +97,9 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
 
 def printable(text: str) -> str:
     """Text of whatever origin made safe for a terminal or a page: control, direction and invisible characters spelled out."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def say(line: str = "") -> None:
@@ -82,7 +108,10 @@ def say(line: str = "") -> None:
 
 def say_last(text: str, *, failed: bool) -> None:
     """Print, to stderr if the program failed. Where nobody reads any more, nothing comes up again when Python ends."""
-    for stream, line in ((sys.stdout, "" if failed else text), (sys.stderr, text if failed else "")):
+    for stream, line in (
+        (sys.stdout, "" if failed else text),
+        (sys.stderr, text if failed else ""),
+    ):
         try:
             print(printable(line), end="\n" if line else "", file=stream, flush=True)
         except OSError:
@@ -113,8 +142,13 @@ def heading() -> str:
 
 def row(metrics: dict) -> str:
     """One step; "-" for a metric that it lacks."""
-    cells = (form.format(metrics[name]) if name in metrics else f"{'-':>{len(form.format(0))}}" for name, form in COLUMNS.values())
-    return " ".join(cells) + (f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else "")
+    cells = (
+        form.format(metrics[name]) if name in metrics else f"{'-':>{len(form.format(0))}}"
+        for name, form in COLUMNS.values()
+    )
+    return " ".join(cells) + (
+        f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else ""
+    )
 
 
 def duration(seconds: float) -> str:
@@ -126,4 +160,8 @@ def duration(seconds: float) -> str:
 
 def peak_bytes(device: str) -> int:
     """On a GPU the peak since it was last reset; on a CPU the process's so far."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    return (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    )

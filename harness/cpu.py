@@ -57,13 +57,19 @@ def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
     if not packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
         yield
         return
-    products = [(m, "forward", m.weight, m.bias) for m in model.model.modules() if isinstance(m, nn.Linear)]
+    products = [
+        (m, "forward", m.weight, m.bias) for m in model.model.modules() if isinstance(m, nn.Linear)
+    ]
     products.append((model, "logits", model.head_weight_VE, None))
     try:
         for module, name, weight_OE, bias_O in products:
             if weight_OE.numel() > SMALL:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), rows)
-                setattr(module, name, partial(_product, weight_OE=weight_OE, packed=packed, bias_O=bias_O))
+                setattr(
+                    module,
+                    name,
+                    partial(_product, weight_OE=weight_OE, packed=packed, bias_O=bias_O),
+                )
         yield
     finally:
         for module, name, _, _ in products:
@@ -73,7 +79,9 @@ def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
 def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
     if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _product(x_PE: Tensor, *, weight_OE: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -37,7 +37,9 @@ def read_log(path: Path, kind: type[Record]) -> list[Record]:
 
     Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
     """
-    *lines, torn = read_text(path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES).split("\n")
+    *lines, torn = read_text(
+        path, remedy="wanted the directory of a run, for example runs/tiny", limit=MAX_DATA_BYTES
+    ).split("\n")
     if torn:
         say(f"{path}: passing over the last line, which is torn")
     read, remedy = [], "remove the line"

@@ -40,20 +40,37 @@ def random_model(shape: Qwen2Config, *, device: str, dtype: torch.dtype) -> Tran
 
 def random_questions(count: int, prompt_len: int, vocab_size: int) -> list[Question]:
     rng = random.Random(0)
-    return [Question("", [rng.randrange(vocab_size) for _ in range(prompt_len)], {}) for _ in range(count)]
+    return [
+        Question("", [rng.randrange(vocab_size) for _ in range(prompt_len)], {})
+        for _ in range(count)
+    ]
 
 
 def random_episodes(
-    questions: int, answers: int, prompt_len: int, longest: int, *, mean: int | None, vocab_size: int
+    questions: int,
+    answers: int,
+    prompt_len: int,
+    longest: int,
+    *,
+    mean: int | None,
+    vocab_size: int,
 ) -> list[Episode]:
     """Answers that may end at any token, after `mean` on average, or are cut off at `longest`; mean=None: all are as long."""
     count, rng = questions * answers, random.Random(0)
-    lengths = [min(longest, 1 + int(-mean * math.log(1 - (i + 0.5) / count))) if mean else longest for i in range(count)]
+    lengths = [
+        min(longest, 1 + int(-mean * math.log(1 - (i + 0.5) / count))) if mean else longest
+        for i in range(count)
+    ]
     rng.shuffle(lengths)
     prompts, episodes = random_questions(questions, prompt_len, vocab_size), []
     for i, length in enumerate(lengths):
-        prompt, ids = prompts[i // answers].prompt_token_ids, rng.choices(range(vocab_size), k=length)
-        episodes.append(Episode(i // answers, prompt, ids, [0.0] * length, True, "", Reward(rng.random(), {})))
+        prompt, ids = (
+            prompts[i // answers].prompt_token_ids,
+            rng.choices(range(vocab_size), k=length),
+        )
+        episodes.append(
+            Episode(i // answers, prompt, ids, [0.0] * length, True, "", Reward(rng.random(), {}))
+        )
     return episodes
 
 

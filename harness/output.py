@@ -32,19 +32,28 @@ class OutputDirectory:
 
     def __init__(self, path: Path, closing: contextlib.ExitStack):
         """Raises ValueError if another process holds it, or if it cannot be a directory."""
-        self.path, self._closing, self._files, self._opened = path, closing, {}, contextlib.ExitStack()
+        self.path, self._closing, self._files, self._opened = (
+            path,
+            closing,
+            {},
+            contextlib.ExitStack(),
+        )
         self._show = lambda name, record: None  # on TensorBoard
         made = [directory for directory in (path, *path.parents) if not directory.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"output_dir={path} is, or lies in, something that is no directory; choose another") from None
+            raise ValueError(
+                f"output_dir={path} is, or lies in, something that is no directory; choose another"
+            ) from None
         self.lock = os.open(path, os.O_RDONLY)
         closing.callback(self._let_go, made)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path} is in use by another run; wait for it, or choose another output_dir=…") from None
+            raise ValueError(
+                f"{path} is in use by another run; wait for it, or choose another output_dir=…"
+            ) from None
 
     def _let_go(self, made: list[Path]) -> None:
         with contextlib.suppress(OSError):  # until one is not empty
@@ -98,11 +107,15 @@ class OutputDirectory:
             self._opened.close()
 
     def read(self, name: str) -> list[dict]:
-        return [line.model_dump(exclude_unset=True) for line in read_log(self.path / name, FILES[name])]
+        return [
+            line.model_dump(exclude_unset=True) for line in read_log(self.path / name, FILES[name])
+        ]
 
     def write(self, name: str, record: dict) -> None:
         """Append one line. record["step"] is the step it belongs to."""
-        record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # None for every number that is not finite
+        record = json.loads(
+            json.dumps(record), parse_constant=lambda _: None
+        )  # None for every number that is not finite
         self._files[name].write(json.dumps(record).encode() + b"\n")
         self._files[name].flush()
         self._show(name, record)
@@ -131,7 +144,9 @@ class _Board:
 
         directory.mkdir(exist_ok=True)
         self._event, self._summary = Event, summary
-        file = closing.enter_context(open(directory / f"events.out.tfevents.{time.time():.0f}", "wb"))  # noqa: SIM115
+        file = closing.enter_context(
+            open(directory / f"events.out.tfevents.{time.time():.0f}", "wb")
+        )  # noqa: SIM115
         self._records = RecordWriter(file)
         self._write(file_version="brain.Event:2")
 
@@ -139,9 +154,13 @@ class _Board:
         """A line of one of the run's files."""
         if name == "samples.jsonl":
             text = f"{record['question']}{record['text']}\n\nreward {record['reward']}, advantage {record['advantage']}"
-            wrapped = "\n".join(textwrap.fill(printable(line), PAGE_COLUMNS) for line in text.split("\n"))
+            wrapped = "\n".join(
+                textwrap.fill(printable(line), PAGE_COLUMNS) for line in text.split("\n")
+            )
             shown = textwrap.indent(wrapped, "    ")  # markdown leaves alone what is indented
-            return self._write(step=record["step"], summary=self._summary.text(f"samples/{record['kind']}", shown))
+            return self._write(
+                step=record["step"], summary=self._summary.text(f"samples/{record['kind']}", shown)
+            )
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
                 group = key if "/" in key else f"{name.removesuffix('.jsonl')}/{key}"

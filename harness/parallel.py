@@ -20,7 +20,10 @@ from data_types import Alone
 from harness.plan import TRANSIT
 
 TIMEOUT = timedelta(minutes=30)  # longer than one process may wait for another's longest answer
-LOOK, PATIENCE = 1.0, 3.0  # seconds: between two looks at whether another process has left; in which the living report
+LOOK, PATIENCE = (
+    1.0,
+    3.0,
+)  # seconds: between two looks at whether another process has left; in which the living report
 
 
 class Parting(Exception):
@@ -28,7 +31,11 @@ class Parting(Exception):
 
     def __init__(self, reason: str, code: int, can_meet: bool):
         super().__init__(reason, code, can_meet)  # all of it, or it could not be shared
-        self.reason, self.code, self.can_meet = reason, code, can_meet  # to exit with; whether all are still there, at one place
+        self.reason, self.code, self.can_meet = (
+            reason,
+            code,
+            can_meet,
+        )  # to exit with; whether all are still there, at one place
 
 
 class Processes(Alone):
@@ -38,13 +45,19 @@ class Processes(Alone):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         kept, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun's static rendezvous keeps the store, with all that was said there, when it starts the processes again.
-        self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], kept) if kept.check(["begun"]) else kept
+        self.store = (
+            dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], kept)
+            if kept.check(["begun"])
+            else kept
+        )
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             gpu.prepare_process()
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+        )
         kept.set("begun", "")
         self._looked = time.monotonic()
 
@@ -112,7 +125,9 @@ class Processes(Alone):
         with self._unbroken():
             dist.all_gather_object(everybodys, mine)
         if partings := [theirs for theirs in everybodys if isinstance(theirs, Parting)]:
-            raise min(partings, key=lambda parting: parting.code >= 128)  # a fault before a signal, and then the first rank's
+            raise min(
+                partings, key=lambda parting: parting.code >= 128
+            )  # a fault before a signal, and then the first rank's
         return everybodys
 
     @contextmanager
@@ -129,7 +144,9 @@ class Processes(Alone):
         try:
             self.store.set(f"alive/{self.rank}", "")
             time.sleep(PATIENCE)
-            missing = [str(rank) for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
+            missing = [
+                str(rank) for rank in range(self.size) if not self.store.check([f"alive/{rank}"])
+            ]
             if self.store.add("told", 1) > 1:
                 return ""
         except RuntimeError:  # the store is where the launcher is

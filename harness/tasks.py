@@ -44,20 +44,38 @@ MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may ask for
 def load_task(name: str) -> ModuleType:
     """Import a task by its module name, dots allowed. Raises ValueError if it is not there, fails or lacks a function."""
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"task={name!r} is not a module name; write countdown_task for the file countdown_task.py")
+        raise ValueError(
+            f"task={name!r} is not a module name; write countdown_task for the file countdown_task.py"
+        )
     try:
         task = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(f"task={name!r}: {error}; it must be a Python file in this directory, without the .py") from None
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
+            raise ValueError(
+                f"task={name!r}: {error}; it must be a Python file in this directory, without the .py"
+            ) from None
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not frame.filename.startswith("<frozen")
+        ]
+        place = (
+            (error.filename, error.lineno)
+            if isinstance(error, SyntaxError)
+            else (frames[-1].filename, frames[-1].lineno)
+        )
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"task={name!r} is there, but its import fails with {reason:.300} ({place[0]}:{place[1]})") from None
+        raise ValueError(
+            f"task={name!r} is there, but its import fails with {reason:.300} ({place[0]}:{place[1]})"
+        ) from None
     if missing := [f for f in FUNCTIONS if not callable(getattr(task, f, None))]:
-        raise ValueError(f"task={name!r} lacks {', '.join(missing)}; harness/tasks.py says what each does")
+        raise ValueError(
+            f"task={name!r} lacks {', '.join(missing)}; harness/tasks.py says what each does"
+        )
     if not isinstance(getattr(task, "Data", BaseModel), type(BaseModel)):
-        raise ValueError(f"task={name!r}: its Data must be a pydantic BaseModel, which declares the keys of the section data")
+        raise ValueError(
+            f"task={name!r}: its Data must be a pydantic BaseModel, which declares the keys of the section data"
+        )
     return task
 
 
@@ -68,22 +86,31 @@ def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence
         train, test = found
         sizes = len(train), len(test)
     except (TypeError, ValueError):
-        raise ValueError(f"task={task.__name__!r}: load_problems returned {found!r:.100}; wanted two lists of problems") from None
+        raise ValueError(
+            f"task={task.__name__!r}: load_problems returned {found!r:.100}; wanted two lists of problems"
+        ) from None
     for kind, problems, size in zip(("training", "held-out"), (train, test), sizes, strict=True):
         if not size:
-            raise ValueError(f"task={task.__name__!r} leaves no {kind} problems; give it more data, or change data.test_size")
+            raise ValueError(
+                f"task={task.__name__!r} leaves no {kind} problems; give it more data, or change data.test_size"
+            )
         try:
             inspect.signature(task.reward_function).bind("the response", **problems[0])
         except TypeError as error:
-            raise ValueError(f"task={task.__name__!r}: reward_function cannot be called with a response and the keys of the {kind} "
-                             f"problem {problems[0]!r:.300} ({error}); let it take each key by its name") from None
+            raise ValueError(
+                f"task={task.__name__!r}: reward_function cannot be called with a response and the keys of the {kind} "
+                f"problem {problems[0]!r:.300} ({error}); let it take each key by its name"
+            ) from None
     return train, test
 
 
 def draw_problems(problems: Sequence[dict], step: int, *, count: int, seed: int) -> list[dict]:
     """The problems of a step: the next `count` of a shuffled pass over all of them, and so on pass after pass."""
     places = range((step - 1) * count, step * count)
-    return [problems[_shuffled(len(problems), seed, place // len(problems))[place % len(problems)]] for place in places]
+    return [
+        problems[_shuffled(len(problems), seed, place // len(problems))[place % len(problems)]]
+        for place in places
+    ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -100,7 +127,11 @@ def make_question(task: ModuleType, problem: dict, tokenizer: Tokenizer) -> Ques
 
 
 def guard_reward(
-    reward_function: Callable[..., Reward], *, timeout: float, errors: str, closes: Iterable[int] = ()
+    reward_function: Callable[..., Reward],
+    *,
+    timeout: float,
+    errors: str,
+    closes: Iterable[int] = (),
 ) -> Callable[..., Reward]:
     """The reward function in a process of its own, replaced when it takes over `timeout` seconds for an answer.
 
@@ -118,7 +149,9 @@ def guard_reward(
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or the child would have the text too
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads: those of numpy, which stand idle
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # that there are threads: those of numpy, which stand idle
         _fork(_keep, run, [keeper.fileno(), *closes], reward_function, timeout)
     run.close()
 
@@ -127,15 +160,19 @@ def guard_reward(
             keeper.send((response, problem))
             outcome = json.loads(keeper.recv_bytes())
         except (EOFError, OSError):
-            raise ChildProcessError("the process that keeps the reward function's process was killed") from None
+            raise ChildProcessError(
+                "the process that keeps the reward function's process was killed"
+            ) from None
         except Exception as error:  # whatever it is in the problem that cannot be pickled
             outcome = f"cannot be sent its problem: {error!r:.300}"
         if not isinstance(outcome, str):
             return Reward(*outcome)
         if errors == "zero":
             return Reward(0.0, {"error": 1.0})
-        raise ValueError(f"the reward function {outcome} on the question {problem!r:.300} and the answer {response!r:.300}; mend "
-                         "it, or count such answers as 0 with training.reward_errors=zero")
+        raise ValueError(
+            f"the reward function {outcome} on the question {problem!r:.300} and the answer {response!r:.300}; mend "
+            "it, or count such answers as 0 with training.reward_errors=zero"
+        )
 
     guarded.close = keeper.close
     return guarded
@@ -151,18 +188,27 @@ def _fork(function: Callable[..., None], *arguments) -> int:
         os._exit(0)
 
 
-def _keep(run: Connection, closes: Iterable[int], reward_function: Callable[..., Reward], timeout: float) -> None:
+def _keep(
+    run: Connection, closes: Iterable[int], reward_function: Callable[..., Reward], timeout: float
+) -> None:
     """Pass each request of the run to a worker and its reply to the run; replace a worker that hangs or has ended."""
     os.setsid()  # away from the terminal's signals
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda *_: None)  # a program that the task starts would inherit SIG_IGN
+        signal.signal(
+            signum, lambda *_: None
+        )  # a program that the task starts would inherit SIG_IGN
     for descriptor in closes:
         os.close(descriptor)
     sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
-    if sys.platform == "linux":  # who asks for too much gets a MemoryError, before the kernel looks for a process to kill
+    if (
+        sys.platform == "linux"
+    ):  # who asks for too much gets a MemoryError, before the kernel looks for a process to kill
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         with contextlib.suppress(ValueError):  # a hard limit below it stands
-            resource.setrlimit(resource.RLIMIT_DATA, (held + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_DATA,
+                (held + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]),
+            )
     while True:
         worker, keeper = Pipe()
         pid = _fork(_serve, keeper, (run, worker), reward_function)
@@ -184,7 +230,9 @@ def _keep(run: Connection, closes: Iterable[int], reward_function: Callable[...,
         run.send_bytes(json.dumps(f"{fault} ({_line_in_task(reward_function)})").encode())
 
 
-def _serve(keeper: Connection, others: Iterable[Connection], reward_function: Callable[..., Reward]) -> None:
+def _serve(
+    keeper: Connection, others: Iterable[Connection], reward_function: Callable[..., Reward]
+) -> None:
     for end in others:
         end.close()
     own = os.getpid()
@@ -193,7 +241,9 @@ def _serve(keeper: Connection, others: Iterable[Connection], reward_function: Ca
         try:
             reply = _plain(reward_function(response, **problem))
         except BaseException as error:
-            reply = f"raised {printable(repr(error))[:300]} ({_line_in_task(reward_function, error)})"
+            reply = (
+                f"raised {printable(repr(error))[:300]} ({_line_in_task(reward_function, error)})"
+            )
         if os.getpid() != own:
             return  # the task forked, and this is the copy
         keeper.send_bytes(json.dumps(reply).encode())
@@ -213,8 +263,11 @@ class _Printable(io.TextIOBase):
 
 def _plain(reward: Reward) -> tuple[float, dict[str, float]]:
     """A reward as numbers that JSON can hold; whatever adds to a float is one, numpy's included, and a text is not."""
-    if not (isinstance(reward, Reward) and isinstance(reward.parts, dict)
-            and all(isinstance(name, str) and name.isprintable() for name in reward.parts)):  # fmt: skip
+    if not (
+        isinstance(reward, Reward)
+        and isinstance(reward.parts, dict)
+        and all(isinstance(name, str) and name.isprintable() for name in reward.parts)
+    ):
         raise TypeError(f"it returned {reward!r}, not a Reward whose parts have names")
     try:
         total, *parts = (float(number + 0.0) for number in (reward.total, *reward.parts.values()))

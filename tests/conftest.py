@@ -5,7 +5,9 @@ import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two processes of two threads would wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: two processes of two threads would wait for each other
 
 import pytest
 import torch
@@ -47,7 +49,10 @@ def one_thread():
 @pytest.fixture
 def own_signals():
     """train.py takes over the signals of its process; this gives them back."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        signum: signal.getsignal(signum)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

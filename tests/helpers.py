@@ -19,15 +19,26 @@ from data_types import Episode, Reward, Watch
 from qwen2_model import Qwen2Config, Transformer
 
 CONFIG = Qwen2Config(
-    vocab_size=101, hidden_size=60, intermediate_size=37, num_hidden_layers=3, num_attention_heads=10,
-    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-2, rope_theta=1000.0, tie_word_embeddings=False,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=101,
+    hidden_size=60,
+    intermediate_size=37,
+    num_hidden_layers=3,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-2,
+    rope_theta=1000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def random_model(*, tied: bool = False, seed: int = 0, vocab_size: int = 101) -> Transformer:
     """Norm weights and biases are far from 1 and 0, so that leaving one out shows."""
-    model = Transformer(Qwen2Config(**asdict(CONFIG) | {"tie_word_embeddings": tied, "vocab_size": vocab_size}))
+    model = Transformer(
+        Qwen2Config(**asdict(CONFIG) | {"tie_word_embeddings": tied, "vocab_size": vocab_size})
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +48,9 @@ def random_model(*, tied: bool = False, seed: int = 0, vocab_size: int = 101) ->
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * (0.25 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5))
+                parameter.copy_(
+                    noise * (0.25 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5)
+                )
     return model
 
 
@@ -48,9 +61,11 @@ def reference_model(model: Transformer):
 
     c = model.config
     config = ReferenceConfig(
-        **{k: v for k, v in asdict(c).items() if k != "rope_theta"}, attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, pad_token_id=None,
-    )  # fmt: skip
+        **{k: v for k, v in asdict(c).items() if k != "rope_theta"},
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        pad_token_id=None,
+    )
     reference = Qwen2ForCausalLM(config).eval()
     missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected
@@ -62,11 +77,23 @@ def random_tokens(*shape: int, seed: int = 0, vocab_size: int = 101) -> torch.Te
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def episode(question_id: int, prompt: list[int], response: list[int], reward: float, *, finished: bool = True) -> Episode:
+def episode(
+    question_id: int,
+    prompt: list[int],
+    response: list[int],
+    reward: float,
+    *,
+    finished: bool = True,
+) -> Episode:
     return Episode(
-        question_id=question_id, prompt_token_ids=prompt, response_token_ids=response,
-        response_logprobs=[-1.5] * len(response), is_finished=finished, text="", reward=Reward(reward, {}),
-    )  # fmt: skip
+        question_id=question_id,
+        prompt_token_ids=prompt,
+        response_token_ids=response,
+        response_logprobs=[-1.5] * len(response),
+        is_finished=finished,
+        text="",
+        reward=Reward(reward, {}),
+    )
 
 
 class Seen(Watch):
@@ -87,13 +114,21 @@ class Seen(Watch):
 def write_word_tokenizer(directory: Path, *, size: int, stop_ids: list[int]) -> Path:
     """A tokenizer whose entry i is the word "w<i>", as files that Tokenizer.from_pretrained reads."""
     directory.mkdir(parents=True, exist_ok=True)
-    FastTokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}", "eos_token": "w2"}')
+    FastTokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(
+        str(directory / "tokenizer.json")
+    )
+    (directory / "tokenizer_config.json").write_text(
+        '{"chat_template": "{{ messages }}", "eos_token": "w2"}'
+    )
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": {stop_ids}}}')
     return directory
 
 
 def sign(checkpoint: Path) -> None:
     """Make whatever stands in a checkpoint look as if it had been written so."""
-    sums = {file.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in checkpoint.iterdir() if file.name != "complete.json"}
+    sums = {
+        file.name: f"{zlib.crc32(file.read_bytes()):08x}"
+        for file in checkpoint.iterdir()
+        if file.name != "complete.json"
+    }
     (checkpoint / "complete.json").write_text(json.dumps(sums))

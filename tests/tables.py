@@ -13,28 +13,48 @@ def what_fits_on_one_card() -> str:
     sizes = list(PUBLISHED)[:5]
     lines = ["| card | " + " | ".join(sizes) + " |", "| ---: |" + " --- |" * len(sizes)]
     for gb in USABLE_GIB:
-        plans = {size: f"{where}: {plan.cache_rows} rows, {plan.checkpoint_layers} layers" for offload, where in
-                 ((True, "CPU"), (False, "card")) for size, plan in published_plans("config.yaml", gb, offload).items()}
+        plans = {
+            size: f"{where}: {plan.cache_rows} rows, {plan.checkpoint_layers} layers"
+            for offload, where in ((True, "CPU"), (False, "card"))
+            for size, plan in published_plans("config.yaml", gb, offload).items()
+        }
         lines.append(f"| {gb} GB | " + " | ".join(plans.get(size, "no") for size in sizes) + " |")
     return "\n".join(lines)
 
 
 def largest_that_fit(path: str = "config.yaml") -> str:
     """A table of the largest Qwen2.5 that trains by a config on so many cards of such a size, in the least micro-batches."""
-    least = [f"training.micro_batch_tokens={load_config(path).training.max_gen_len + PROMPT_TOKENS}"]
-    lines = ["| cards | optimizer state | " + " | ".join(f"{gb} GB each" for gb in USABLE_GIB) + " |"]
+    least = [
+        f"training.micro_batch_tokens={load_config(path).training.max_gen_len + PROMPT_TOKENS}"
+    ]
+    lines = [
+        "| cards | optimizer state | " + " | ".join(f"{gb} GB each" for gb in USABLE_GIB) + " |"
+    ]
     lines.append("| ---: | --- |" + " ---: |" * len(USABLE_GIB))
     for cards in (1, 2, 4, 8):
         for offload in (False, True):
-            fitting = (list(published_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB)
+            fitting = (
+                list(published_plans(path, gb, offload, least, cards=cards)) for gb in USABLE_GIB
+            )
             cells = (sizes[-1] if sizes else "none" for sizes in fitting)
-            lines.append(f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {cards} | {'in CPU memory' if offload else 'on the cards'} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
-def published_plans(path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1) -> dict[str, Plan]:
+def published_plans(
+    path: str, gb: int, offload: bool, overrides: list[str] = (), *, cards: int = 1
+) -> dict[str, Plan]:
     """Of each Qwen2.5 that trains on cards of so many GB, in ascending order."""
-    config = load_config(path, [f"model.memory_gib={USABLE_GIB[gb]}", f"optimizer.offload={str(offload).lower()}", *overrides])
+    config = load_config(
+        path,
+        [
+            f"model.memory_gib={USABLE_GIB[gb]}",
+            f"optimizer.offload={str(offload).lower()}",
+            *overrides,
+        ],
+    )
     plans = {}
     for size in PUBLISHED:
         with contextlib.suppress(ValueError):

@@ -42,8 +42,18 @@ from qwen2_model import KVCache, Transformer
 
 # What makes the host wait for the device, or hands the device memory that it cannot find again at a replay.
 HOST_READS = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique", "_unique2",
-    "repeat_interleave", "lift_fresh", "resolve_conj",
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "repeat_interleave",
+    "lift_fresh",
+    "resolve_conj",
 }  # fmt: skip; the last is the operator that tolist() and numpy() call
 
 
@@ -52,8 +62,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reads_host(func, args) -> bool:
-    by_mask = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in tree_leaves(args[1:2]))
-    return func.overloadpacket.__name__ in HOST_READS or (func.overloadpacket.__name__ in ("index", "index_put_") and by_mask)
+    by_mask = any(
+        isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in tree_leaves(args[1:2])
+    )
+    return func.overloadpacket.__name__ in HOST_READS or (
+        func.overloadpacket.__name__ in ("index", "index_put_") and by_mask
+    )
 
 
 class Operator:
@@ -63,16 +77,29 @@ class Operator:
         """Learns what comes out, and takes back what went into tensors that stand."""
         self.func, self.args, self.kwargs = func, args, kwargs
         formal = func._schema.arguments
-        given = [*zip(formal, args, strict=False), *((a, kwargs[a.name]) for a in formal if a.name in kwargs)]
-        written = [t for a, value in given if a.alias_info and a.alias_info.is_write for t in tree_leaves(value)]
+        given = [
+            *zip(formal, args, strict=False),
+            *((a, kwargs[a.name]) for a in formal if a.name in kwargs),
+        ]
+        written = [
+            t
+            for a, value in given
+            if a.alias_info and a.alias_info.is_write
+            for t in tree_leaves(value)
+        ]
         before = [t.clone() for t in written]
         self.out = func(*args, **kwargs)
         for tensor, old in zip(written, before, strict=True):
             tensor.copy_(old)
 
     def run(self):
-        for tensor, new in zip(tree_leaves(self.out), tree_leaves(self.func(*self.args, **self.kwargs)), strict=True):
-            if isinstance(new, torch.Tensor) and tensor.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+        for tensor, new in zip(
+            tree_leaves(self.out), tree_leaves(self.func(*self.args, **self.kwargs)), strict=True
+        ):
+            if (
+                isinstance(new, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
+            ):
                 tensor.copy_(new)
 
 
@@ -108,17 +135,31 @@ class EmulatedGraph:
         for operator in self.operators:
             operator.run()
         EmulatedGraph.replays += 1
-        standing = {t.untyped_storage().data_ptr() for o in self.operators for t in tree_leaves((o.args, o.kwargs))
-                    if isinstance(t, torch.Tensor)} - {t.untyped_storage().data_ptr() for o in self.operators for t in made_by(o)}
+        standing = {
+            t.untyped_storage().data_ptr()
+            for o in self.operators
+            for t in tree_leaves((o.args, o.kwargs))
+            if isinstance(t, torch.Tensor)
+        } - {t.untyped_storage().data_ptr() for o in self.operators for t in made_by(o)}
         for tensor in itertools.chain.from_iterable(map(made_by, self.operators)):
             if tensor.untyped_storage().data_ptr() not in standing:
-                tensor.fill_(torch.nan if tensor.is_floating_point() else 1)  # the pool is everybody's between two replays
+                tensor.fill_(
+                    torch.nan if tensor.is_floating_point() else 1
+                )  # the pool is everybody's between two replays
 
 
 def made_by(operator: Operator) -> list[torch.Tensor]:
     """Tensors that the operator allocated."""
-    taken = {t.untyped_storage().data_ptr() for t in tree_leaves((operator.args, operator.kwargs)) if isinstance(t, torch.Tensor)}
-    return [t for t in tree_leaves(operator.out) if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in taken]
+    taken = {
+        t.untyped_storage().data_ptr()
+        for t in tree_leaves((operator.args, operator.kwargs))
+        if isinstance(t, torch.Tensor)
+    }
+    return [
+        t
+        for t in tree_leaves(operator.out)
+        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in taken
+    ]
 
 
 @contextmanager
@@ -132,16 +173,25 @@ def record_graph(graph, pool):
 def card(monkeypatch):
     """Decoders work as on CUDA, with emulated graphs."""
     EmulatedGraph.alive, EmulatedGraph.replays = weakref.WeakSet(), 0
-    for name, stand_in in (("CUDAGraph", EmulatedGraph), ("graph", record_graph), ("graph_pool_handle", object),
-                           ("current_stream", lambda device=None: None), ("stream", lambda stream: nullcontext())):
+    for name, stand_in in (
+        ("CUDAGraph", EmulatedGraph),
+        ("graph", record_graph),
+        ("graph_pool_handle", object),
+        ("current_stream", lambda device=None: None),
+        ("stream", lambda stream: nullcontext()),
+    ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(gpu.GraphedStep, "works", True)
     fixed = {"interval": gpu.CHECK_INTERVAL, "round_up": staticmethod(row_bucket)}
 
     def __setattr__(self, name, value):
-        object.__setattr__(self, name, gpu.GraphedStep() if name == "step" else fixed.get(name, value))
+        object.__setattr__(
+            self, name, gpu.GraphedStep() if name == "step" else fixed.get(name, value)
+        )
 
-    monkeypatch.setattr(module, "Decoder", type("OnCard", (module.Decoder,), {"__setattr__": __setattr__}))
+    monkeypatch.setattr(
+        module, "Decoder", type("OnCard", (module.Decoder,), {"__setattr__": __setattr__})
+    )
 
 
 @pytest.mark.parametrize("slots", [3, 6, 15])
@@ -151,7 +201,9 @@ def test_replayed_steps_draw_what_plain_ones_do(slots, card, monkeypatch):
     # `cache.span = span` dropped after recording; gc.disable() dropped.
     plain_step, plain = module.Decoder._step, []
     wanted = random_wanted(slots)
-    monkeypatch.setattr(module.Decoder, "_step", lambda self, rows: (plain.append(rows), plain_step(self, rows))[1])
+    monkeypatch.setattr(
+        module.Decoder, "_step", lambda self, rows: (plain.append(rows), plain_step(self, rows))[1]
+    )
     graphed_step = gpu.GraphedStep.__call__
 
     def count_columns(self, decoder, rows):
@@ -221,7 +273,18 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_one_warning(card, mon
 
 
 def test_rows_are_rounded_to_few_numbers():
-    assert sorted({row_bucket(rows) for rows in range(1, 257)}) == [8, 16, 32, 64, 96, 128, 160, 192, 224, 256]
+    assert sorted({row_bucket(rows) for rows in range(1, 257)}) == [
+        8,
+        16,
+        32,
+        64,
+        96,
+        128,
+        160,
+        192,
+        224,
+        256,
+    ]
     assert all(row_bucket(rows) >= rows for rows in range(1, 257))
 
 
@@ -314,7 +377,10 @@ def test_streamed_state_is_the_same_whatever_runs_first(order, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda of: next(streams))
     monkeypatch.setattr(gpu, "page_lock", lambda tensor: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda of=None: device.compute)
-    streamed.offloaded, streamed.streamed = True, StreamedState(list(streamed.state.values()), torch.device("cpu"))
+    streamed.offloaded, streamed.streamed = (
+        True,
+        StreamedState(list(streamed.state.values()), torch.device("cpu")),
+    )
     monkeypatch.setattr(torch.cuda, "stream", device.stream)
     wanted = take_steps(resident, ours, range(2))
     got = []
@@ -340,7 +406,9 @@ class PretendedCard(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.places = weakref.WeakKeyDictionary()  # storage -> device, of what was made in here; autograd makes some unseen
+        self.places = (
+            weakref.WeakKeyDictionary()
+        )  # storage -> device, of what was made in here; autograd makes some unseen
         self.operations = 0  # on the card
 
     def place(self, tensor):
@@ -354,7 +422,11 @@ class PretendedCard(TorchFunctionMode):
             return self.place(args[0]) == CARD
         asked = kwargs.get("device")
         if name == "to" and (given := [a for a in args if isinstance(a, torch.device | str)]):
-            asked, args, kwargs["copy"] = given[0], [HOST if isinstance(a, torch.device | str) else a for a in args], True
+            asked, args, kwargs["copy"] = (
+                given[0],
+                [HOST if isinstance(a, torch.device | str) else a for a in args],
+                True,
+            )
         if name == "cpu":
             func, asked = torch.Tensor.clone, HOST
         if asked is not None:
@@ -366,13 +438,18 @@ class PretendedCard(TorchFunctionMode):
         if CARD in places and HOST in places and not self.mixes(name, tensors, places):
             raise RuntimeError(f"{name}: tensors on {places}")
         if name == "mm" and "out_dtype" in kwargs:  # only a card has it
-            out, product = kwargs.get("out"), args[0].to(kwargs["out_dtype"]) @ args[1].to(kwargs["out_dtype"])
+            out, product = (
+                kwargs.get("out"),
+                args[0].to(kwargs["out_dtype"]) @ args[1].to(kwargs["out_dtype"]),
+            )
             result = product if out is None else out.copy_(product)
         else:
             result = func(*args, **kwargs)
         for t in tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.device.type == "cpu" and self.place(t) is None:
-                t_place = asked or (CARD if CARD in places else HOST if not tensors or HOST in places else None)
+                t_place = asked or (
+                    CARD if CARD in places else HOST if not tensors or HOST in places else None
+                )
                 if t_place is not None:
                     self.places[t.untyped_storage()] = t_place
         return result
@@ -403,13 +480,31 @@ def test_what_is_computed_together_is_on_one_device(dtype, monkeypatch):
         optimizer, seen = AdamW(model.parameters(), lr=1e-3), []
         for step in range(2):
             episodes = grpo.rollout(
-                model, AnyTokenizer(97, frozenset(range(0, 97, 9))), random_questions(3, 11, 97), num_answers=5, max_gen_len=21,
-                temperature=0.9, reward_function=random_reward(), generator=torch.Generator().manual_seed(step), cache_bytes=10**5,
-            )  # fmt: skip
-            stats = grpo.update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, temperature=0.9,
-                                       vocab_size=97, micro_batch_tokens=100, checkpoint_layers=1)
+                model,
+                AnyTokenizer(97, frozenset(range(0, 97, 9))),
+                random_questions(3, 11, 97),
+                num_answers=5,
+                max_gen_len=21,
+                temperature=0.9,
+                reward_function=random_reward(),
+                generator=torch.Generator().manual_seed(step),
+                cache_bytes=10**5,
+            )
+            stats = grpo.update_policy(
+                model,
+                optimizer,
+                episodes,
+                max_grad_norm=1.0,
+                skip_unfinished=False,
+                temperature=0.9,
+                vocab_size=97,
+                micro_batch_tokens=100,
+                checkpoint_layers=1,
+            )
             assert stats.logprob_diff_mean < (1e-5 if dtype == torch.float32 else 0.02)
-            one = module.generate_one(model, [1, 2, 3], Sampling(9, 0.9, 97, frozenset({96})), torch.linspace(0, 0.9, 9))
+            one = module.generate_one(
+                model, [1, 2, 3], Sampling(9, 0.9, 97, frozenset({96})), torch.linspace(0, 0.9, 9)
+            )
             seen.append(([e.response_token_ids for e in episodes], stats.loss, list(one)))
         return seen, flat_weights(model.parameters()).cpu()
 
@@ -426,10 +521,19 @@ def test_what_is_computed_together_is_on_one_device(dtype, monkeypatch):
 def pretended_card(monkeypatch):
     """CUDA as far as it only says something, no recordings, and streams that run everything at once."""
     said = {
-        "is_available": True, "is_initialized": True, "device_count": 1, "get_device_name": "pretended card", "synchronize": None,
-        "get_device_capability": (8, 6), "mem_get_info": (2**33, 2**33), "memory_reserved": 0, "memory_allocated": 0,
-        "max_memory_allocated": 2**20, "reset_peak_memory_stats": None, "graph_pool_handle": 0,
-    }  # fmt: skip
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "get_device_name": "pretended card",
+        "synchronize": None,
+        "get_device_capability": (8, 6),
+        "mem_get_info": (2**33, 2**33),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+        "max_memory_allocated": 2**20,
+        "reset_peak_memory_stats": None,
+        "graph_pool_handle": 0,
+    }
     for name, value in said.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for name in ("Stream", "current_stream", "stream"):
@@ -444,19 +548,36 @@ def pretended_card(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_check_compares_is_on_one_device_and_agrees(dtype, tmp_path, pretended_card):
     # Catches: `.to("cpu", …)` of the gradient left out; the row not moved to the device.
-    config = load_config("config_tiny.yaml", ["model.device=cuda", f"model.dtype={dtype}", f"output_dir={tmp_path}/run"])
+    config = load_config(
+        "config_tiny.yaml",
+        ["model.device=cuda", f"model.dtype={dtype}", f"output_dir={tmp_path}/run"],
+    )
     shape = find_shape("models/tiny")
-    results = [*check._compare_with_cpu(config, shape), *check._step_save_and_go_on(config, shape, make_plan(config, shape))]
+    results = [
+        *check._compare_with_cpu(config, shape),
+        *check._step_save_and_go_on(config, shape, make_plan(config, shape)),
+    ]
     assert len(results) == (7 if dtype == "float32" else 8)
     assert all(found <= bound for _, found, bound in results)
 
 
 @pytest.mark.parametrize("offload", ["false", "true"])
-def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(offload, tmp_path, pretended_card, own_signals, capsys):
+def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(
+    offload, tmp_path, pretended_card, own_signals, capsys
+):
     # Catches: the state of a checkpoint not copied to the device; a piece of an offloaded state used where it lives.
-    command = ["--config", "config_tiny.yaml", "model.device=cuda", "model.dtype=bfloat16", f"output_dir={tmp_path}/run",
-               f"optimizer.offload={offload}", "training.batch_size=8", "training.num_questions_per_batch=2", "data.test_size=4",
-               "training.max_gen_len=64"]
+    command = [
+        "--config",
+        "config_tiny.yaml",
+        "model.device=cuda",
+        "model.dtype=bfloat16",
+        f"output_dir={tmp_path}/run",
+        f"optimizer.offload={offload}",
+        "training.batch_size=8",
+        "training.num_questions_per_batch=2",
+        "data.test_size=4",
+        "training.max_gen_len=64",
+    ]
     assert train.main([*command, "training.max_steps=4"]) == 0
     assert train.main([*command, "training.max_steps=5", "--resume"]) == 0
     assert "rollout: 0.00 GiB at the peak" in capsys.readouterr().out
@@ -466,12 +587,19 @@ def test_a_run_and_its_resumption_compute_together_what_is_on_one_device(offload
     assert pretended_card.operations > 10_000
 
 
-@pytest.mark.parametrize(("refused", "mix"), [
-    (True, lambda card, host: card + host), (True, lambda card, host: host[card.long()]),
-    (True, lambda card, host: torch.mm(card[None], host[:, None])), (True, lambda card, host: card.masked_fill_(host > 0, 1.0)),
-    (False, lambda card, host: card + host[0]), (False, lambda card, host: card[host.long()]),
-    (False, lambda card, host: card.copy_(host)), (False, lambda card, host: card + host.to(card.device)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("refused", "mix"),
+    [
+        (True, lambda card, host: card + host),
+        (True, lambda card, host: host[card.long()]),
+        (True, lambda card, host: torch.mm(card[None], host[:, None])),
+        (True, lambda card, host: card.masked_fill_(host > 0, 1.0)),
+        (False, lambda card, host: card + host[0]),
+        (False, lambda card, host: card[host.long()]),
+        (False, lambda card, host: card.copy_(host)),
+        (False, lambda card, host: card + host.to(card.device)),
+    ],
+)
 def test_a_pretended_card_refuses_what_a_card_does(refused, mix):
     with PretendedCard():
         card, host = torch.zeros(3, device="cuda"), torch.zeros(3)
@@ -492,8 +620,12 @@ class Census(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ == "add_" and getattr(args[1], "is_sparse", False):
-            return args[0]  # rows of the embedding's gradient: in place, and not to be had on the meta device
-        assert not (self.in_step and reads_host(func, args)), f"{func} makes the host wait in every decode step"
+            return args[
+                0
+            ]  # rows of the embedding's gradient: in place, and not to be had on the meta device
+        assert not (self.in_step and reads_host(func, args)), (
+            f"{func} makes the host wait in every decode step"
+        )
         out = func(*args, **kwargs or {})
         is_view = not func._schema.is_mutable
         for tensor in tree_leaves(out):
@@ -525,7 +657,9 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BSE, weight_E):
-        ctx.save_for_backward(x_BSE, weight_E, x_BSE.new_empty(x_BSE.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            x_BSE, weight_E, x_BSE.new_empty(x_BSE.shape[:-1], dtype=torch.float32)
+        )
         return torch.empty_like(x_BSE)
 
     @staticmethod
@@ -536,7 +670,9 @@ class FusedNorm(torch.autograd.Function):
 def fused_attention(q, k, v, attn_mask):
     """The operator that scaled_dot_product_attention is on a card where there is a mask."""
     mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, torch.is_grad_enabled())[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, torch.is_grad_enabled()
+    )[0]
 
 
 def unique_of_meta(tensor, return_inverse):
@@ -547,9 +683,13 @@ def unique_of_meta(tensor, return_inverse):
 def meta_card(monkeypatch):
     """The meta device with a card's fused kernels, its sizes of pieces and its rhythm of a decode step."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_attention)
-    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x_BSE: FusedNorm.apply(x_BSE, self.weight))
+    monkeypatch.setattr(
+        torch.nn.RMSNorm, "forward", lambda self, x_BSE: FusedNorm.apply(x_BSE, self.weight)
+    )
     monkeypatch.setattr(torch.Tensor, "unique", unique_of_meta)
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)  # asked once a row, of its loss
+    monkeypatch.setattr(
+        torch.Tensor, "__bool__", lambda self: False
+    )  # asked once a row, of its loss
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "meta", grpo.LOGIT_CHUNK_BYTES["cuda"])
     monkeypatch.setitem(optimizer_module.PIECE, "meta", optimizer_module.PIECE["cuda"])
     return Census()
@@ -559,7 +699,10 @@ PLANS = [("config.yaml", "42.5"), ("config_24GB.yaml", "22.5"), ("config.yaml", 
 
 
 def planned(config, memory):
-    config, shape = load_config(config, [f"model.memory_gib={memory}"]), find_shape("Qwen2.5-3B-Instruct")
+    config, shape = (
+        load_config(config, [f"model.memory_gib={memory}"]),
+        find_shape("Qwen2.5-3B-Instruct"),
+    )
     with torch.device("meta"):
         model = Transformer(shape)
     return config, make_plan(config, shape), model
@@ -567,7 +710,10 @@ def planned(config, memory):
 
 def assert_close_below(plan_part, measured):
     """What cannot be measured here, the context and the driver's memory of graphs, is taken as planned."""
-    driver = sum(plan_part.get(name, 0) for name in ("CUDA context and workspaces", "graphs of the decode step"))
+    driver = sum(
+        plan_part.get(name, 0)
+        for name in ("CUDA context and workspaces", "graphs of the decode step")
+    )
     total = sum(plan_part.values())
     assert 0.95 * total <= measured + driver <= total, ((measured + driver) / 2**30, total / 2**30)
 
@@ -586,23 +732,45 @@ def test_a_decode_step_needs_what_is_planned(config, memory, meta_card, monkeypa
 
     monkeypatch.setattr(module.Decoder, "turn_over", admit)
     fixed = {"interval": gpu.CHECK_INTERVAL}
-    on_card = type("OnCard", (module.Decoder,), {
-        "__setattr__": lambda self, name, value: object.__setattr__(self, name, fixed.get(name, value))
-    })  # fmt: skip
+    on_card = type(
+        "OnCard",
+        (module.Decoder,),
+        {
+            "__setattr__": lambda self, name, value: object.__setattr__(
+                self, name, fixed.get(name, value)
+            )
+        },
+    )
     with meta_card, torch.no_grad():
         allocate(model, device="meta", dtype=torch.bfloat16)
-        prefilled = KVCache(model.config, batch_size=training.num_questions_per_batch, max_len=PROMPT_TOKENS, device="meta",
-                            dtype=torch.bfloat16)  # fmt: skip
+        prefilled = KVCache(
+            model.config,
+            batch_size=training.num_questions_per_batch,
+            max_len=PROMPT_TOKENS,
+            device="meta",
+            dtype=torch.bfloat16,
+        )
         decoder = on_card(
-            model, [[1] * PROMPT_TOKENS] * training.num_questions_per_batch, prefilled,
-            Sampling(training.max_gen_len, 1.0, 151665, frozenset([2])), num_answers=8, slots=rows,
+            model,
+            [[1] * PROMPT_TOKENS] * training.num_questions_per_batch,
+            prefilled,
+            Sampling(training.max_gen_len, 1.0, 151665, frozenset([2])),
+            num_answers=8,
+            slots=rows,
             uniforms_AG=torch.rand(training.batch_size + 1, training.max_gen_len + 1),
-        )  # fmt: skip
-        before, meta_card.peak, meta_card.kernels, meta_card.in_step = meta_card.live, meta_card.live, 0, True
+        )
+        before, meta_card.peak, meta_card.kernels, meta_card.in_step = (
+            meta_card.live,
+            meta_card.live,
+            0,
+            True,
+        )
         decoder._step(rows)
         step = meta_card.peak - before
         assert meta_card.kernels <= step_kernels(model.config)
-    assert_close_below(plan.rollout, state + before + 2 * step)  # of the step as it is, and of its recordings
+    assert_close_below(
+        plan.rollout, state + before + 2 * step
+    )  # of the step as it is, and of its recordings
 
 
 @pytest.mark.parametrize(("config", "memory"), PLANS)
@@ -618,7 +786,14 @@ def test_an_update_needs_what_is_planned(config, memory, meta_card):
         allocate(model, device="meta", dtype=torch.bfloat16)
         gradient = zero_gradient(model.parameters())
         row = row.to(gradient.device)
-        loss, _ = grpo.row_loss(model, row, 1, temperature=1.0, vocab_size=151665, checkpoint_layers=plan.checkpoint_layers)
+        loss, _ = grpo.row_loss(
+            model,
+            row,
+            1,
+            temperature=1.0,
+            vocab_size=151665,
+            checkpoint_layers=plan.checkpoint_layers,
+        )
         loss.backward()
         del loss
         gradient_peak, meta_card.peak = meta_card.peak, meta_card.live
@@ -626,8 +801,15 @@ def test_an_update_needs_what_is_planned(config, memory, meta_card):
         optimizer.steps = 1
         place = slice(0, optimizer_module.PIECE["cuda"])
         with torch.no_grad():
-            assert flat_gradient(model.parameters()).untyped_storage()._cdata == gradient.untyped_storage()._cdata
+            assert (
+                flat_gradient(model.parameters()).untyped_storage()._cdata
+                == gradient.untyped_storage()._cdata
+            )
             weights, state = flat_weights(model.parameters()), optimizer.state.values()
             optimizer._update(weights[place], gradient[place], *(tensor[place] for tensor in state))
-    optimizer_peak = meta_card.peak - (sum(tensor.nbytes for tensor in state) if config.optimizer.offload else 0)
-    assert_close_below(plan.update, max(gradient_peak + plan.update["optimizer state"], optimizer_peak))
+    optimizer_peak = meta_card.peak - (
+        sum(tensor.nbytes for tensor in state) if config.optimizer.offload else 0
+    )
+    assert_close_below(
+        plan.update, max(gradient_peak + plan.update["optimizer state"], optimizer_peak)
+    )

@@ -33,7 +33,12 @@ def fields_of(cls: type[BaseModel], prefix: str = ""):
         if typing.get_origin(kind) is list:
             item, *inner = typing.get_args(typing.get_args(kind)[0])
             kind, metadata = list[item], inner[0].metadata
-        bounds = {word: getattr(m, sign) for m in metadata for sign, word in BOUNDS.items() if hasattr(m, sign)}
+        bounds = {
+            word: getattr(m, sign)
+            for m in metadata
+            for sign, word in BOUNDS.items()
+            if hasattr(m, sign)
+        }
         if typing.get_origin(kind) is typing.Literal:
             kind, bounds = typing.Literal, {"one of": typing.get_args(kind)}
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -46,9 +51,14 @@ TINY = load_config(TINY_FILE).model_dump()
 FIELDS = list(fields_of(type(load_config(TINY_FILE))))
 SECTIONS = sorted({key.split(".")[0] for key, _, _ in FIELDS if "." in key})
 DEFAULTS = {  # what may be left out, and what it is then
-    "model.memory_gib": None, "training.warmup_steps": 0, "data.num_numbers": [3, 4], "data.max_number": 99,
-    "data.min_target": 10, "data.max_target": 100, "data.synthetic_seed": 0,
-}  # fmt: skip
+    "model.memory_gib": None,
+    "training.warmup_steps": 0,
+    "data.num_numbers": [3, 4],
+    "data.max_number": 99,
+    "data.min_target": 10,
+    "data.max_target": 100,
+    "data.synthetic_seed": 0,
+}
 
 
 def in_yaml(raw: dict) -> str:
@@ -70,7 +80,11 @@ def load_with(tmp_path: Path, changes: dict) -> Config:
 def flatten(raw: dict) -> dict:
     values = {}
     for name, value in raw.items():
-        values |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        values |= (
+            {f"{name}.{key}": v for key, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     return values
 
 
@@ -95,11 +109,17 @@ def test_the_shipped_files_load(name):
 
 
 def test_the_shipped_files_are_what_the_documents_say():
-    default, small, tiny = (load_config(ROOT / name) for name in ("config.yaml", "config_24GB.yaml", "config_tiny.yaml"))
+    default, small, tiny = (
+        load_config(ROOT / name) for name in ("config.yaml", "config_24GB.yaml", "config_tiny.yaml")
+    )
     assert (default.data.num_numbers, default.data.max_number) == ([3, 4], 99)
     assert (default.data.min_target, default.data.max_target) == (10, 100)
     assert (default.model.device, default.model.dtype) == ("cuda", "bfloat16")
-    assert (tiny.model.device, tiny.model.path, tiny.data.path) == ("cpu", "models/tiny", "synthetic")  # nothing to download
+    assert (tiny.model.device, tiny.model.path, tiny.data.path) == (
+        "cpu",
+        "models/tiny",
+        "synthetic",
+    )  # nothing to download
     assert small.optimizer.offload
     for name, config in (("config_24GB.yaml", small), ("config_tiny.yaml", tiny)):
         named = flatten(yaml.safe_load((ROOT / name).read_text())).keys() - {"extends"}
@@ -117,24 +137,51 @@ def test_a_configuration_cannot_be_changed():
 def test_extends_changes_only_what_it_names(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "base.yaml").write_text(in_yaml(TINY))
-    (tmp_path / "middle.yaml").write_text("extends: base.yaml\ntraining: {max_steps: 7, seed: 11}\ndata: {num_numbers: [4, 5]}\n")
-    (tmp_path / "deep/top.yaml").write_text("training:\n  seed: 13\nextends: ../middle.yaml\noutput_dir: elsewhere\n")
-    base, top = flat(load_config(tmp_path / "base.yaml")), flat(load_config(tmp_path / "deep/top.yaml"))
-    changed = {"training.max_steps": 7, "training.seed": 13, "data.num_numbers": [4, 5], "output_dir": "elsewhere"}
+    (tmp_path / "middle.yaml").write_text(
+        "extends: base.yaml\ntraining: {max_steps: 7, seed: 11}\ndata: {num_numbers: [4, 5]}\n"
+    )
+    (tmp_path / "deep/top.yaml").write_text(
+        "training:\n  seed: 13\nextends: ../middle.yaml\noutput_dir: elsewhere\n"
+    )
+    base, top = (
+        flat(load_config(tmp_path / "base.yaml")),
+        flat(load_config(tmp_path / "deep/top.yaml")),
+    )
+    changed = {
+        "training.max_steps": 7,
+        "training.seed": 13,
+        "data.num_numbers": [4, 5],
+        "output_dir": "elsewhere",
+    }
     assert top == base | changed
 
 
 def test_overrides_have_the_last_word(tmp_path):
-    (tmp_path / "top.yaml").write_text(f"extends: {ROOT / 'config_tiny.yaml'}\ntraining: {{seed: 11}}\n")
+    (tmp_path / "top.yaml").write_text(
+        f"extends: {ROOT / 'config_tiny.yaml'}\ntraining: {{seed: 11}}\n"
+    )
     overrides = {
-        "training.seed=3": 3, "training.learning_rate=5e-6": 5e-6, "training.temperature=2": 2.0, "data.num_numbers=[2, 6]": [2, 6],
-        "training.skip_unfinished_episodes=false": False, "data.path=some where/a=b.jsonl": "some where/a=b.jsonl",
-        "output_dir='3'": "3", "training.warmup_steps=17": 17, "model.dtype=bfloat16": "bfloat16",
-    }  # fmt: skip
+        "training.seed=3": 3,
+        "training.learning_rate=5e-6": 5e-6,
+        "training.temperature=2": 2.0,
+        "data.num_numbers=[2, 6]": [2, 6],
+        "training.skip_unfinished_episodes=false": False,
+        "data.path=some where/a=b.jsonl": "some where/a=b.jsonl",
+        "output_dir='3'": "3",
+        "training.warmup_steps=17": 17,
+        "model.dtype=bfloat16": "bfloat16",
+    }
     config = load_config(tmp_path / "top.yaml", list(overrides))
-    expected = flat(load_config(tmp_path / "top.yaml")) | {text.partition("=")[0]: value for text, value in overrides.items()}
+    expected = flat(load_config(tmp_path / "top.yaml")) | {
+        text.partition("=")[0]: value for text, value in overrides.items()
+    }
     assert flat(config) == expected
-    assert flat(load_config(tmp_path / "top.yaml", ["training.seed=3", "training.seed=4"]))["training.seed"] == 4
+    assert (
+        flat(load_config(tmp_path / "top.yaml", ["training.seed=3", "training.seed=4"]))[
+            "training.seed"
+        ]
+        == 4
+    )
 
 
 def test_a_section_can_be_overridden():
@@ -143,10 +190,18 @@ def test_a_section_can_be_overridden():
 
 
 # Catches: the float form of _Loader taken from PyYAML, which reads a number without a point as text.
-@pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("5E-7", 5e-7), ("1.0e-6", 1e-6), ("0.25", 0.25), (".5", 0.5)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("5E-7", 5e-7), ("1.0e-6", 1e-6), ("0.25", 0.25), (".5", 0.5)],
+)
 def test_a_float_may_be_written_without_a_point(tmp_path, text, value):
-    (tmp_path / "a.yaml").write_text(f"extends: {ROOT / 'config_tiny.yaml'}\ntraining:\n  learning_rate: {text}\n")
-    for config in (load_config(tmp_path / "a.yaml"), load_config(TINY_FILE, [f"training.learning_rate={text}"])):
+    (tmp_path / "a.yaml").write_text(
+        f"extends: {ROOT / 'config_tiny.yaml'}\ntraining:\n  learning_rate: {text}\n"
+    )
+    for config in (
+        load_config(tmp_path / "a.yaml"),
+        load_config(TINY_FILE, [f"training.learning_rate={text}"]),
+    ):
         assert config.training.learning_rate == value
         assert type(config.training.learning_rate) is float
 
@@ -159,12 +214,16 @@ WRONG_TYPES = {  # type of a field -> (value, the part of it that the message sh
     bool: [(v, v, "bool") for v in (1, 0.0, "yes please", None)],
     int: [(v, v, "int") for v in ("1e3", 3.0, True, None, [3])],
     float: [(v, v, "float") for v in ("fast", "", True, None, [0.5])],
-    list[int]: [(v, v, "list") for v in (3, "3", None, [], {"a": 3})] + [([3, v], v, "int") for v in ("a", 3.5, True, [3])],
-    list[float]: [(v, v, "list") for v in (0.5, "0.5", None, [])] + [([0.5, v], v, "float") for v in ("a", True, [0.5])],
+    list[int]: [(v, v, "list") for v in (3, "3", None, [], {"a": 3})]
+    + [([3, v], v, "int") for v in ("a", 3.5, True, [3])],
+    list[float]: [(v, v, "list") for v in (0.5, "0.5", None, [])]
+    + [([0.5, v], v, "float") for v in ("a", True, [0.5])],
 }
 
 
-@pytest.mark.parametrize(("key", "kind"), [field[:2] for field in FIELDS], ids=[field[0] for field in FIELDS])
+@pytest.mark.parametrize(
+    ("key", "kind"), [field[:2] for field in FIELDS], ids=[field[0] for field in FIELDS]
+)
 def test_a_wrong_type_is_refused(tmp_path, key, kind):
     for value, shown, wanted in WRONG_TYPES[kind]:
         if value is None and DEFAULTS.get(key, 0) is None:
@@ -188,12 +247,23 @@ def outside(kind, bounds: dict) -> list[tuple]:
     """(value, what the message wants) just outside each bound."""
     step = 1 if kind in (int, list[int]) else 0.5
     cases = []
-    for word, direction, distances in (("at least", -1, [step]), ("at most", 1, [step]), ("above", -1, [0.0, step]),
-                                       ("below", 1, [0.0, step])):  # fmt: skip
+    for word, direction, distances in (
+        ("at least", -1, [step]),
+        ("at most", 1, [step]),
+        ("above", -1, [0.0, step]),
+        ("below", 1, [0.0, step]),
+    ):
         if word in bounds:
-            cases += [(bounds[word] + direction * distance, f"{word} {bounds[word]}") for distance in distances]
+            cases += [
+                (bounds[word] + direction * distance, f"{word} {bounds[word]}")
+                for distance in distances
+            ]
     if "one of" in bounds:
-        cases += [(v, f"'{c}'") for v in ("neither", "", bounds["one of"][0].upper()) for c in bounds["one of"]]
+        cases += [
+            (v, f"'{c}'")
+            for v in ("neither", "", bounds["one of"][0].upper())
+            for c in bounds["one of"]
+        ]
     if kind in (float, list[float]):
         cases += [(math.nan, "must be"), (-math.inf, "must be")]
     return cases
@@ -227,7 +297,9 @@ COMPANIONS = {  # what else must change for a field's lowest value to make sense
 # Catches: ge turned into gt; a bound raised by one.
 @pytest.mark.parametrize(("key", "kind", "bounds"), BOUNDED, ids=[field[0] for field in BOUNDED])
 def test_a_value_at_its_bound_is_taken(tmp_path, key, kind, bounds):
-    values = [bounds[word] for word in ("at least", "at most") if word in bounds] + list(bounds.get("one of", []))
+    values = [bounds[word] for word in ("at least", "at most") if word in bounds] + list(
+        bounds.get("one of", [])
+    )
     for value in values:
         value = [value, value] if typing.get_origin(kind) is list else value
         assert flat(load_with(tmp_path, COMPANIONS.get(key, {}) | {key: value}))[key] == value
@@ -238,13 +310,68 @@ def test_a_value_at_its_bound_is_taken(tmp_path, key, kind, bounds):
     ("section", "nonsense"),
     [
         ("model", ["device=tpu", "device=''", "dtype=float16", "dtype=fp32", "memory_gib=0"]),
-        ("data", ["test_size=0", "num_numbers=[1]", "num_numbers=[3, 7]", "max_number=1", "min_target=-1", "max_target=0"]),
+        (
+            "data",
+            [
+                "test_size=0",
+                "num_numbers=[1]",
+                "num_numbers=[3, 7]",
+                "max_number=1",
+                "min_target=-1",
+                "max_target=0",
+            ],
+        ),
         ("data", ["synthetic_seed=-1"]),
-        ("training", ["seed=-1", "max_steps=0", "batch_size=1", "num_questions_per_batch=0", "max_gen_len=0", "temperature=0"]),
-        ("training", ["learning_rate=0", "learning_rate=1", "max_grad_norm=0", "micro_batch_tokens=0", "eval_interval=0"]),
-        ("training", ["ckpt_save_interval=0", "keep_checkpoints=0", "max_skipped_steps=0", "reward_timeout=0"]),
-        ("training", ["reward_errors=ignore", "warmup_steps=-1", "reward_timeout=3601", "batch_size=10000000"]),
-        ("optimizer", ["betas=[0.9, 1.0]", "betas=[-0.1, 0.9]", "eps=0", "eps=1e-46", "weight_decay=-0.01", "weight_decay=1e20"]),
+        (
+            "training",
+            [
+                "seed=-1",
+                "max_steps=0",
+                "batch_size=1",
+                "num_questions_per_batch=0",
+                "max_gen_len=0",
+                "temperature=0",
+            ],
+        ),
+        (
+            "training",
+            [
+                "learning_rate=0",
+                "learning_rate=1",
+                "max_grad_norm=0",
+                "micro_batch_tokens=0",
+                "eval_interval=0",
+            ],
+        ),
+        (
+            "training",
+            [
+                "ckpt_save_interval=0",
+                "keep_checkpoints=0",
+                "max_skipped_steps=0",
+                "reward_timeout=0",
+            ],
+        ),
+        (
+            "training",
+            [
+                "reward_errors=ignore",
+                "warmup_steps=-1",
+                "reward_timeout=3601",
+                "batch_size=10000000",
+            ],
+        ),
+        (
+            "optimizer",
+            [
+                "betas=[0.9, 1.0]",
+                "betas=[-0.1, 0.9]",
+                "eps=0",
+                "eps=1e-46",
+                "weight_decay=-0.01",
+                "weight_decay=1e20",
+            ],
+        ),
     ],
 )
 def test_nonsense_is_refused(section, nonsense):
@@ -273,7 +400,10 @@ def test_nonsense_is_refused(section, nonsense):
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, wrong, near):
-    for load in (lambda: load_config(TINY_FILE, [f"{wrong}=1"]), lambda: load_with(tmp_path, {wrong: 1})):
+    for load in (
+        lambda: load_config(TINY_FILE, [f"{wrong}=1"]),
+        lambda: load_with(tmp_path, {wrong: 1}),
+    ):
         with pytest.raises(ValueError, match="unknown config key") as caught:
             load()
         assert str(caught.value) == f"unknown config key {wrong}; did you mean {near}?"
@@ -281,7 +411,19 @@ def test_an_unknown_key_names_the_nearest(tmp_path, wrong, near):
 
 # Catches: the nearest key named however far it is: kl_coef is not skip_unfinished_episodes.
 @pytest.mark.parametrize(
-    "wrong", ["zzz", "training.kl_coef", "training.x.y", "", "1", "training.", ".", "extends", "a" + 5000 * ".a", "é" * 5000]
+    "wrong",
+    [
+        "zzz",
+        "training.kl_coef",
+        "training.x.y",
+        "",
+        "1",
+        "training.",
+        ".",
+        "extends",
+        "a" + 5000 * ".a",
+        "é" * 5000,
+    ],
 )
 def test_an_unknown_key_that_is_near_to_nothing_is_still_refused(wrong):
     shown = {"training.x.y": "training.x", ".": "", "a" + 5000 * ".a": "a"}.get(wrong, wrong)[:200]
@@ -291,7 +433,9 @@ def test_an_unknown_key_that_is_near_to_nothing_is_still_refused(wrong):
 
 
 def test_of_very_many_faults_the_first_are_named(tmp_path):
-    (tmp_path / "a.yaml").write_text(f"extends: {TINY_FILE}\n" + "".join(f"key_{i}: 1\n" for i in range(5000)))
+    (tmp_path / "a.yaml").write_text(
+        f"extends: {TINY_FILE}\n" + "".join(f"key_{i}: 1\n" for i in range(5000))
+    )
     clock = time.perf_counter()
     with pytest.raises(ValueError, match=r"unknown config key key_0;") as caught:
         load_config(tmp_path / "a.yaml")
@@ -320,9 +464,21 @@ def load_without(tmp_path: Path, key: str) -> Config:
 
 def test_every_fault_is_named_at_once(tmp_path):
     with pytest.raises(ValueError, match="missing") as caught:
-        load_with(tmp_path, {"training.max_steps": 0, "optimizer.eps": "small", "sed": 3, "model": {"path": "x"}})
-    named = [re.split(" is | must |;", line)[0].removeprefix("config key ") for line in str(caught.value).splitlines()]
-    assert named == ["model.device", "model.dtype", "training.max_steps=0", "optimizer.eps='small'", "unknown config key sed"]
+        load_with(
+            tmp_path,
+            {"training.max_steps": 0, "optimizer.eps": "small", "sed": 3, "model": {"path": "x"}},
+        )
+    named = [
+        re.split(" is | must |;", line)[0].removeprefix("config key ")
+        for line in str(caught.value).splitlines()
+    ]
+    assert named == [
+        "model.device",
+        "model.dtype",
+        "training.max_steps=0",
+        "optimizer.eps='small'",
+        "unknown config key sed",
+    ]
 
 
 # Catches: the keys of `data` checked against a task that is not known, which names four more that are right.
@@ -350,30 +506,61 @@ class Data(BaseModel):
 """
 
 
-@pytest.mark.parametrize(("name", "text"), [("plain_task_of_a_test", TASK), ("task_of_a_test_with_keys", TASK + DATA)])
+@pytest.mark.parametrize(
+    ("name", "text"), [("plain_task_of_a_test", TASK), ("task_of_a_test_with_keys", TASK + DATA)]
+)
 def test_a_task_says_what_data_holds(tmp_path, monkeypatch, name, text):
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    keys = {"path": "x", "test_size": 3} if text == TASK else {"languages": ["en"], "difficulty": 0.25}
+    keys = (
+        {"path": "x", "test_size": 3} if text == TASK else {"languages": ["en"], "difficulty": 0.25}
+    )
     config = load_with(tmp_path, {"task": name, "data": keys})
     assert config.data.model_dump() == {"test_size": 7} | keys
     wrong = {"path": 3, "test_size": 0} if text == TASK else {"languages": "en", "difficulty": 1.0}
-    expected = (["data.path=3 is a int; wanted a str", "data.test_size=0 must be at least 1"] if text == TASK else
-                ["data.languages='en' must be a list, not empty", "data.difficulty=1.0 must be below 1.0"])  # fmt: skip
+    expected = (
+        ["data.path=3 is a int; wanted a str", "data.test_size=0 must be at least 1"]
+        if text == TASK
+        else [
+            "data.languages='en' must be a list, not empty",
+            "data.difficulty=1.0 must be below 1.0",
+        ]
+    )
     with pytest.raises(ValueError, match="data") as caught:
         load_with(tmp_path, {"task": name, "data": wrong | {"tset_size": 3}})
-    assert str(caught.value).splitlines() == [*expected, "unknown config key data.tset_size; did you mean data.test_size?"]
+    assert str(caught.value).splitlines() == [
+        *expected,
+        "unknown config key data.tset_size; did you mean data.test_size?",
+    ]
 
 
 # ---------------------------------------------------------------- combinations
 
 COMBINATIONS = {
-    "no multiple": (["training.batch_size=100"], ["batch_size=100", "training.num_questions_per_batch=32", "multiple", "96"]),
-    "less than one answer each": (["training.batch_size=31"], ["training.batch_size=31", "multiple", "64"]),
-    "groups of one": (["training.batch_size=32"], ["training.batch_size=32", "groups of one", "256"]),
-    "one beta": (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "two numbers", "for example [0.9, 0.999]"]),
-    "a beta alone": (["optimizer.betas=0.9"], ["optimizer.betas=0.9", "a list", "for example [0.9, 0.999]"]),
-    "three betas": (["optimizer.betas=[0.9, 0.9, 0.9]"], ["optimizer.betas=[0.9, 0.9, 0.9]", "two numbers"]),
+    "no multiple": (
+        ["training.batch_size=100"],
+        ["batch_size=100", "training.num_questions_per_batch=32", "multiple", "96"],
+    ),
+    "less than one answer each": (
+        ["training.batch_size=31"],
+        ["training.batch_size=31", "multiple", "64"],
+    ),
+    "groups of one": (
+        ["training.batch_size=32"],
+        ["training.batch_size=32", "groups of one", "256"],
+    ),
+    "one beta": (
+        ["optimizer.betas=[0.9]"],
+        ["optimizer.betas=[0.9]", "two numbers", "for example [0.9, 0.999]"],
+    ),
+    "a beta alone": (
+        ["optimizer.betas=0.9"],
+        ["optimizer.betas=0.9", "a list", "for example [0.9, 0.999]"],
+    ),
+    "three betas": (
+        ["optimizer.betas=[0.9, 0.9, 0.9]"],
+        ["optimizer.betas=[0.9, 0.9, 0.9]", "two numbers"],
+    ),
     "targets swapped": (["data.min_target=41"], ["data.min_target=41", "data.max_target=40"]),
 }
 
@@ -400,7 +587,9 @@ MALFORMED = {
     "a tag": "a: !!bool x\n",
     "another tag": "seed: !!int 010\n",
     "unknown alias": "a: *nowhere\n",
-    "aliases that multiply": "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(60)),
+    "aliases that multiply": "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(60)
+    ),
     "an alias to itself": "a: &a [*a]\n",
     "a merge key": "base: &b {seed: 3}\ntraining:\n  <<: *b\n",
     "nested lists": f"a: {'[' * 5000}{']' * 5000}\n",
@@ -459,12 +648,17 @@ def no_file(tmp_path: Path, kind: str) -> Path:
 
 
 # Catches: reading before looking at what it is: a FIFO waits for ever, /dev/zero fills the memory.
-@pytest.mark.parametrize("kind", ["directory", "FIFO", "circle of links", "endless device", "far too large"])
+@pytest.mark.parametrize(
+    "kind", ["directory", "FIFO", "circle of links", "endless device", "far too large"]
+)
 def test_what_is_no_readable_file_is_refused(tmp_path, kind):
     path = no_file(tmp_path, kind)
     (tmp_path / "a.yaml").write_text(f"extends: {path}\n")
     for config in (path, tmp_path / "a.yaml"):
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} [^\n]*; the repository has config\.yaml[^\n]*$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{re.escape(str(path))} [^\n]*; the repository has config\.yaml[^\n]*$",
+        ):
             load_config(config)
 
 
@@ -486,15 +680,27 @@ def test_extends_must_name_a_file(tmp_path, base):
         ("training=5", r"^training=5 must be a section"),
         ("task.name=x", r"^task=\{'name': 'x'\} is a dict"),
         ("model.path=", r"^model\.path=None is a NoneType; wanted a str"),
-        ("training.max_steps=1e3", r"^training\.max_steps=1000\.0 is a float; wanted an int; write 1000$"),
+        (
+            "training.max_steps=1e3",
+            r"^training\.max_steps=1000\.0 is a float; wanted an int; write 1000$",
+        ),
         ("training.seed=010", r"^training\.seed='010' is a str; wanted an int$"),  # not 8
         ("training.seed=1:30", r"^training\.seed='1:30' is a str; wanted an int$"),  # not 90
         ("training.temperature=010", r"^training\.temperature='010' is a str; wanted a float$"),
-        ("training.seed=!!int 010", r"is not YAML: anchors, aliases and tags are not read \(line 1\)$"),
+        (
+            "training.seed=!!int 010",
+            r"is not YAML: anchors, aliases and tags are not read \(line 1\)$",
+        ),
         ("data={<<: {path: x}}", r"^unknown config key data\.<<; config\.yaml"),
-        ("data.path=" + "[" * 5000 + "]" * 5000, r"^'data\.path=\[+': the value is not YAML: nested more than 20 deep \(line 1\)$"),
+        (
+            "data.path=" + "[" * 5000 + "]" * 5000,
+            r"^'data\.path=\[+': the value is not YAML: nested more than 20 deep \(line 1\)$",
+        ),
         ("data.path=" + "{a: " * 5000, r"is not YAML: nested more than 20 deep \(line 1\)$"),
-        ("training.seed=" + "1" * 5000, r"^'training\.seed=1+': the value is not YAML: Exceeds the limit"),
+        (
+            "training.seed=" + "1" * 5000,
+            r"^'training\.seed=1+': the value is not YAML: Exceeds the limit",
+        ),
     ],
 )
 def test_a_malformed_override_is_refused(override, wanted):
@@ -526,7 +732,10 @@ def test_a_number_beyond_float_is_refused():
         load_config(TINY_FILE, ["training.temperature=1" + "0" * 400])
 
 
-@pytest.mark.parametrize("key", ["training.temperature", "training.reward_timeout", "optimizer.eps", "optimizer.weight_decay"])
+@pytest.mark.parametrize(
+    "key",
+    ["training.temperature", "training.reward_timeout", "optimizer.eps", "optimizer.weight_decay"],
+)
 def test_infinity_is_refused(key):
     with pytest.raises(ValueError, match=key):
         load_config(TINY_FILE, [f"{key}=.inf"])
@@ -553,7 +762,27 @@ def test_no_override_does_more_than_raise_one_line(text):
 
 # Catches: yaml.safe_dump in as_yaml, which writes words that PyYAML takes for words and this loader for numbers.
 @settings(max_examples=100, deadline=None)
-@given(st.text() | st.sampled_from(["1e3", ".5e3", "1.", "010", "1:30", "nULL", "yEs", "", "~", "a: b", "<<", "&a", "!a", "1e-6"]))
+@given(
+    st.text()
+    | st.sampled_from(
+        [
+            "1e3",
+            ".5e3",
+            "1.",
+            "010",
+            "1:30",
+            "nULL",
+            "yEs",
+            "",
+            "~",
+            "a: b",
+            "<<",
+            "&a",
+            "!a",
+            "1e-6",
+        ]
+    )
+)
 def test_what_is_written_is_read_again(tmp_path_factory, text):
     written = tmp_path_factory.mktemp("written") / "config.yaml"
     config = load_config(TINY_FILE).model_copy(update={"output_dir": text})

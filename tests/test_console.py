@@ -15,7 +15,9 @@ import pytest
 
 from harness import console
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
 COLUMNS = 80
 
 
@@ -119,14 +121,22 @@ def test_what_is_said_steers_no_terminal_and_can_be_printed(capsys):
 
 
 def test_the_table_fits_the_terminal():
-    metrics = {name: 1 for name, _ in console.COLUMNS.values()} | {"completions/mean_length": 1234.5, "step": 99_999}
+    metrics = {name: 1 for name, _ in console.COLUMNS.values()} | {
+        "completions/mean_length": 1234.5,
+        "step": 99_999,
+    }
     assert len(console.heading()) == len(console.row(metrics)) <= COLUMNS
-    row, reason = console.row({"step": 7, "skipped": "every kept answer has advantage 0"}).split("\n")
+    row, reason = console.row({"step": 7, "skipped": "every kept answer has advantage 0"}).split(
+        "\n"
+    )
     assert len(row) == len(console.heading())
     assert row.split() == ["7"] + ["-"] * 10
     assert len(reason) <= COLUMNS
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(40, "40 s"), (144, "2 minutes"), (5300, "88 minutes"), (9000, "2.5 hours")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(40, "40 s"), (144, "2 minutes"), (5300, "88 minutes"), (9000, "2.5 hours")],
+)
 def test_a_duration_is_in_the_unit_in_which_it_is_grasped(seconds, words):
     assert console.duration(seconds) == words

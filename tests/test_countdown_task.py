@@ -23,7 +23,9 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 
 def answer_reward(expression: str, numbers: list[int], target: int) -> float:
-    return reward_function(f" so</think>\n<answer>{expression}</answer>", numbers, target).parts["answer"]
+    return reward_function(f" so</think>\n<answer>{expression}</answer>", numbers, target).parts[
+        "answer"
+    ]
 
 
 def call_within_limit(response: str, numbers=(3, 5, 7), target=22) -> Reward:
@@ -35,7 +37,9 @@ def call_within_limit(response: str, numbers=(3, 5, 7), target=22) -> Reward:
         best = min(best, time.thread_time() - start)
         if best < LIMIT_SECONDS:
             break
-    assert best < LIMIT_SECONDS, f"{best * 1e3:.1f} ms for {len(response)} characters that begin {response[:60]!r}"
+    assert best < LIMIT_SECONDS, (
+        f"{best * 1e3:.1f} ms for {len(response)} characters that begin {response[:60]!r}"
+    )
     assert reward.parts["format"] in (0.0, 1.0)
     assert reward.parts["answer"] in (0.0, 1.0)
     return reward
@@ -110,7 +114,12 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
     "plus sign": ("+5 + +2", [5, 2], 7, 1),
     "sign binds before product": ("-2 * 3 + 7", [2, 3, 7], 1, 1),
     "exact thirds": ("1 / 3 * 3", [1, 3, 3], 1, 1),
-    "exact where floats are not": ("49 * (1 / 49)", [49, 1, 49], 1, 1),  # 49 * (1 / 49) is 0.9999999999999999 in floats
+    "exact where floats are not": (
+        "49 * (1 / 49)",
+        [49, 1, 49],
+        1,
+        1,
+    ),  # 49 * (1 / 49) is 0.9999999999999999 in floats
     "nearly is not equal": ("10 / 3 * 3 + 1", [10, 3, 1], 11, 0),  # three given once, used twice
     "a fraction near the target": ("7 / 2", [7, 2], 3, 0),
     "the numerator is not the value": ("7 / 2", [7, 2], 7, 0),
@@ -180,8 +189,14 @@ def test_answer_reward(expression, numbers, target, wanted):
 WHICH_ANSWER = {  # response -> answer reward for 1 + 2 = 3: which <answer> counts
     "after the thinking": ("x</think>\n<answer>1+2</answer>", 1),
     "inside the thinking": ("<answer>1+2</answer></think>", 0),
-    "inside the thinking, and a wrong one after": ("<answer>1+2</answer></think>\n<answer>2-1</answer>", 0),
-    "wrong inside the thinking, right after": ("<answer>2-1</answer></think>\n<answer>1+2</answer>", 1),
+    "inside the thinking, and a wrong one after": (
+        "<answer>1+2</answer></think>\n<answer>2-1</answer>",
+        0,
+    ),
+    "wrong inside the thinking, right after": (
+        "<answer>2-1</answer></think>\n<answer>1+2</answer>",
+        1,
+    ),
     "opened in the thinking, closed after": ("<answer>1+</think>2</answer>", 0),
     "without any </think>": ("x\n<answer>1+2</answer>", 0),
     "last of two, right": ("x</think><answer>2-1</answer><answer>1+2</answer>", 1),
@@ -257,13 +272,19 @@ def render(tree, rng) -> str:
     else:
         branches = []
         for i, branch in enumerate(tree[1:]):
-            inner = branch[0] if isinstance(branch, tuple) and len(branch) == 3 else ""  # signed branches bind tightest
+            inner = (
+                branch[0] if isinstance(branch, tuple) and len(branch) == 3 else ""
+            )  # signed branches bind tightest
             if len(tree) == 2 or tree[0] in "*/":
                 needed = inner in ("+", "-") or (inner != "" and (len(tree) == 2 or i == 1))
             else:
                 needed = i == 1 and inner in ("+", "-")
             branches.append(f"({render(branch, rng)})" if needed else render(branch, rng))
-        text = f"{tree[0]}{space()}{branches[0]}" if len(tree) == 2 else f"{branches[0]}{space()}{tree[0]}{space()}{branches[1]}"
+        text = (
+            f"{tree[0]}{space()}{branches[0]}"
+            if len(tree) == 2
+            else f"{branches[0]}{space()}{tree[0]}{space()}{branches[1]}"
+        )
         if len(tree) == 3 and rng.random() < 0.15:
             text = f"({space()}{text}{space()})"
     return space() + text + space()
@@ -310,7 +331,9 @@ def python_value(text: str) -> Fraction | None:
 # Catches: `case ast.expr()` left out of _value, which would then raise on "2(3)"; `" ".join(expression.split())` -> `"".join(...)`.
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's parser on "2(3)"
 @REPEATABLE
-@given(st.lists(st.sampled_from([*"+-*/()", " ", *"0123", "12", "+", "*"]), max_size=9).map("".join))
+@given(
+    st.lists(st.sampled_from([*"+-*/()", " ", *"0123", "12", "+", "*"]), max_size=9).map("".join)
+)
 def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
     value = python_value(text)
     numbers = [int(digits) for digits in re.findall("[0-9]+", text)]
@@ -321,17 +344,72 @@ def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
 # ---------------------------------------------------------------- hostile text
 
 FRAGMENTS = [
-    "<think>", "</think>", "<answer>", "</answer>", "<", ">", "</", "answer>", "</answer", "<|im_end|>", "<|endoftext|>",
-    *"0123456789", *"+-*/()", " ", "\n", "\t", "\r", "3", "5", "7", "3 * 5 + 7", "(3*5)+7", "**", "//", "_", ".", "=", ",", "e9",
-    "0x", "\0", "\ud800", "\udfff", "\u202e", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x1c", "１", "²", "٣", "½", "−", "×", "é",
-    "思", "🤔", "9" * 25, "(" * 70, ")" * 70, "-" * 300, "9**9**9", "__import__('os')", "{}", "%s", "\\", "'", '"',
-]  # fmt: skip
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<",
+    ">",
+    "</",
+    "answer>",
+    "</answer",
+    "<|im_end|>",
+    "<|endoftext|>",
+    *"0123456789",
+    *"+-*/()",
+    " ",
+    "\n",
+    "\t",
+    "\r",
+    "3",
+    "5",
+    "7",
+    "3 * 5 + 7",
+    "(3*5)+7",
+    "**",
+    "//",
+    "_",
+    ".",
+    "=",
+    ",",
+    "e9",
+    "0x",
+    "\0",
+    "\ud800",
+    "\udfff",
+    "\u202e",
+    "\u200b",
+    "\ufeff",
+    "\u00a0",
+    "\u2028",
+    "\x1c",
+    "１",
+    "²",
+    "٣",
+    "½",
+    "−",
+    "×",
+    "é",
+    "思",
+    "🤔",
+    "9" * 25,
+    "(" * 70,
+    ")" * 70,
+    "-" * 300,
+    "9**9**9",
+    "__import__('os')",
+    "{}",
+    "%s",
+    "\\",
+    "'",
+    '"',
+]
 ANYTHING = st.one_of(
     st.text(st.characters()),  # lone surrogates included
     st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("".join),
-    st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(), max_size=4)), max_size=30).map(
-        lambda parts: "x</think>\n<answer>" + "".join(parts) + "</answer>"
-    ),
+    st.lists(
+        st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(), max_size=4)), max_size=30
+    ).map(lambda parts: "x</think>\n<answer>" + "".join(parts) + "</answer>"),
 )
 
 
@@ -386,14 +464,27 @@ def test_hostile_text_is_scored_in_time(response):
 
 
 def test_hostile_answers_earn_nothing_and_honest_ones_in_hostile_company_all():
-    earned = {name for name, response in HOSTILE.items() if reward_function(response, [3, 5, 7], 22).parts["answer"]}
-    assert earned == {"megabyte of thinking", "megabyte after the answer", "as many signs as fit", "lone surrogates outside"}
+    earned = {
+        name
+        for name, response in HOSTILE.items()
+        if reward_function(response, [3, 5, 7], 22).parts["answer"]
+    }
+    assert earned == {
+        "megabyte of thinking",
+        "megabyte after the answer",
+        "as many signs as fit",
+        "lone surrogates outside",
+    }
 
 
 def test_nothing_is_raised_however_deep_the_caller_stands():
     # Catches: RecursionError left out of _is_solution's except (Python 3.11 counts its own frames against its parser's).
     def call(depth: int) -> Reward:
-        return call(depth - 1) if depth else reward_function(HOSTILE["as many signs as fit"], [3, 5, 7], 22)
+        return (
+            call(depth - 1)
+            if depth
+            else reward_function(HOSTILE["as many signs as fit"], [3, 5, 7], 22)
+        )
 
     for depth in (0, 400, 700, 850):
         assert call(depth).parts["format"] == 1
@@ -424,8 +515,18 @@ def test_100_000_hostile_texts():
 
 
 def data_config(path, **changes) -> Data:
-    return Data(**{"path": str(path), "test_size": 8, "num_numbers": [3, 4], "max_number": 20, "min_target": 10,
-                   "max_target": 60, "synthetic_seed": 5} | changes)  # fmt: skip
+    return Data(
+        **{
+            "path": str(path),
+            "test_size": 8,
+            "num_numbers": [3, 4],
+            "max_number": 20,
+            "min_target": 10,
+            "max_target": 60,
+            "synthetic_seed": 5,
+        }
+        | changes
+    )
 
 
 def solve(numbers: list[int], target: int) -> str | None:
@@ -449,37 +550,62 @@ def solve(numbers: list[int], target: int) -> str | None:
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps({"nums": nums, "target": target}) + "\n" for nums, target in rows))
+    path.write_text(
+        "".join(json.dumps({"nums": nums, "target": target}) + "\n" for nums, target in rows)
+    )
     return path
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="../shared/countdown/countdown_cd3_test.jsonl is not here")
+@pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="../shared/countdown/countdown_cd3_test.jsonl is not here"
+)
 def test_the_published_problems_load_and_their_solutions_earn_everything(tmp_path):
     published = [json.loads(line) for line in PUBLISHED.read_text().splitlines()]
     rows = [([int(n) for n in row["input"].split(",")], int(row["output"])) for row in published]
-    train, test = load_problems(data_config(write_jsonl(tmp_path / "published.jsonl", [([1, 1], 2), *rows]), test_size=256))
+    train, test = load_problems(
+        data_config(write_jsonl(tmp_path / "published.jsonl", [([1, 1], 2), *rows]), test_size=256)
+    )
     assert len(test) == 256
     assert list(train) == [{"numbers": [1, 1], "target": 2}]
     assert [(p["numbers"], p["target"]) for p in test] == rows
     solutions = [solve(**problem) for problem in test]
     assert all(solutions)  # each of the 256 can be solved
     for problem, solution in zip(test, solutions, strict=True):
-        assert reward_function(f" so</think>\n<answer>{solution}</answer><|im_end|>", **problem).total == pytest.approx(1.1)
+        assert reward_function(
+            f" so</think>\n<answer>{solution}</answer><|im_end|>", **problem
+        ).total == pytest.approx(1.1)
 
 
-ROWS = [([1, 2, 3], 6), ([4, 5], 20), ([3, 2, 1], 6), ([5, 4], 9), ([7, 8, 9], 24), ([2, 1, 3], 6), ([4, 5], 9)]
+ROWS = [
+    ([1, 2, 3], 6),
+    ([4, 5], 20),
+    ([3, 2, 1], 6),
+    ([5, 4], 9),
+    ([7, 8, 9], 24),
+    ([2, 1, 3], 6),
+    ([4, 5], 9),
+]
 
 
 # Catches: sorted() left out of _key; rows[:test_size] held out instead of the last; _key without the target.
 def test_the_last_rows_are_held_out_and_what_equals_them_is_not_trained_on(tmp_path):
-    train, test = load_problems(data_config(write_jsonl(tmp_path / "problems.jsonl", ROWS), test_size=2))
+    train, test = load_problems(
+        data_config(write_jsonl(tmp_path / "problems.jsonl", ROWS), test_size=2)
+    )
     assert list(test) == [{"numbers": [2, 1, 3], "target": 6}, {"numbers": [4, 5], "target": 9}]
     assert list(train) == [{"numbers": [4, 5], "target": 20}, {"numbers": [7, 8, 9], "target": 24}]
 
 
 def test_blank_lines_and_other_columns_do_no_harm(tmp_path):
     path = tmp_path / "problems.jsonl"
-    lines = ["", '{"nums": [1, 2], "target": 3, "source": "é"}', "", "  ", '{"id": 1, "target": 9, "nums": [4, 5]}', ""]
+    lines = [
+        "",
+        '{"nums": [1, 2], "target": 3, "source": "é"}',
+        "",
+        "  ",
+        '{"id": 1, "target": 9, "nums": [4, 5]}',
+        "",
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     train, test = load_problems(data_config(path, test_size=1))
     assert [*train, *test] == [{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}]
@@ -494,12 +620,21 @@ def write_parquet(directory: Path, name: str, columns: dict) -> None:
 
 
 def test_a_dataset_directory_is_read_like_the_same_rows_as_jsonl(tmp_path):
-    for name, rows in (("train-00001-of-00002.parquet", ROWS[4:]), ("train-00000-of-00002.parquet", ROWS[:4])):
-        columns = {"target": [t for _, t in rows], "nums": [n for n, _ in rows], "other": ["x"] * len(rows)}
+    for name, rows in (
+        ("train-00001-of-00002.parquet", ROWS[4:]),
+        ("train-00000-of-00002.parquet", ROWS[:4]),
+    ):
+        columns = {
+            "target": [t for _, t in rows],
+            "nums": [n for n, _ in rows],
+            "other": ["x"] * len(rows),
+        }
         write_parquet(tmp_path / "dataset", name, columns)
     for test_size in (1, 2, 5):
         of_parquet = load_problems(data_config(tmp_path / "dataset", test_size=test_size))
-        of_jsonl = load_problems(data_config(write_jsonl(tmp_path / "problems.jsonl", ROWS), test_size=test_size))
+        of_jsonl = load_problems(
+            data_config(write_jsonl(tmp_path / "problems.jsonl", ROWS), test_size=test_size)
+        )
         assert list(map(list, of_parquet)) == list(map(list, of_jsonl))
         assert all(type(n) is int for problem in of_parquet[0] for n in problem["numbers"])
 
@@ -521,12 +656,18 @@ def test_synthetic_problems_can_be_solved_and_keep_their_ranges():
         assert 10 <= problem["target"] <= 60
         solution = solve(**problem)
         assert solution is not None, problem
-        assert reward_function(f"</think>\n<answer>{solution}</answer>", **problem).total == pytest.approx(1.1)
+        assert reward_function(
+            f"</think>\n<answer>{solution}</answer>", **problem
+        ).total == pytest.approx(1.1)
     assert {len(p["numbers"]) for p in problems} == {3, 4}
 
 
 def test_synthetic_problems_reach_both_ends_of_their_ranges():
-    train, _ = load_problems(data_config("synthetic", num_numbers=[2], max_number=4, min_target=2, max_target=7, test_size=1))
+    train, _ = load_problems(
+        data_config(
+            "synthetic", num_numbers=[2], max_number=4, min_target=2, max_target=7, test_size=1
+        )
+    )
     problems = [train[i] for i in range(1000)]
     assert {n for p in problems for n in p["numbers"]} == {1, 2, 3, 4}
     assert {p["target"] for p in problems} == {2, 3, 4, 5, 6, 7}
@@ -566,7 +707,9 @@ def test_a_missing_dataset_says_how_to_fetch_it_and_how_to_do_without(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_problems(data_config(tmp_path / "nowhere"))
     message = str(caught.value)
-    assert all(part in message for part in (str(tmp_path / "nowhere"), "hf download", "config_tiny.yaml"))
+    assert all(
+        part in message for part in (str(tmp_path / "nowhere"), "hf download", "config_tiny.yaml")
+    )
 
 
 GOOD = '{"nums": [1, 2], "target": 3}\n'
@@ -577,11 +720,27 @@ BAD_JSONL = {  # text, test_size -> what the message holds
     "cut in the middle": (GOOD * 2 + GOOD[:15], 1, ["line 3"]),
     "a list": (GOOD + "[1, 2, 3]\n", 1, ["line 2"]),
     "a number": ("3\n" + GOOD, 1, ["line 1"]),
-    "a float among the numbers": (GOOD + '{"nums": [1, 2.0], "target": 3}\n', 1, ["line 2", "2.0", "integers"]),
-    "a float as target": (GOOD + '{"nums": [1, 2], "target": 3.0}\n', 1, ["line 2", "3.0", "integer"]),
+    "a float among the numbers": (
+        GOOD + '{"nums": [1, 2.0], "target": 3}\n',
+        1,
+        ["line 2", "2.0", "integers"],
+    ),
+    "a float as target": (
+        GOOD + '{"nums": [1, 2], "target": 3.0}\n',
+        1,
+        ["line 2", "3.0", "integer"],
+    ),
     "text as target": (GOOD + '{"nums": [1, 2], "target": "3"}\n', 1, ["line 2", "'3'", "integer"]),
-    "text as numbers": (GOOD + '{"nums": "1,2", "target": 3}\n', 1, ["line 2", "'1,2'", "integers"]),
-    "a truth value": (GOOD + '{"nums": [1, true], "target": 3}\n', 1, ["line 2", "True", "integers"]),
+    "text as numbers": (
+        GOOD + '{"nums": "1,2", "target": 3}\n',
+        1,
+        ["line 2", "'1,2'", "integers"],
+    ),
+    "a truth value": (
+        GOOD + '{"nums": [1, true], "target": 3}\n',
+        1,
+        ["line 2", "True", "integers"],
+    ),
     "no numbers": (GOOD + '{"nums": [], "target": 3}\n', 1, ["line 2", "[]"]),
     "null": (GOOD + '{"nums": null, "target": 3}\n', 1, ["line 2", "None"]),
     "empty": ("", 1, ["no rows"]),
@@ -602,16 +761,21 @@ def test_bad_jsonl_is_named(tmp_path, text, test_size, wanted):
 
 def test_bad_parquet_is_named(tmp_path):
     write_parquet(tmp_path / "columns", "train.parquet", {"numbers": [[1, 2]], "target": [3]})
-    write_parquet(tmp_path / "floats", "train.parquet", {"nums": [[1, 2], [1.0, 2.5]], "target": [3, 3]})
+    write_parquet(
+        tmp_path / "floats", "train.parquet", {"nums": [[1, 2], [1.0, 2.5]], "target": [3, 3]}
+    )
     write_parquet(tmp_path / "rows", "train.parquet", {"nums": [[1, 2]], "target": [3]})
     for name, content in (("damaged", b"PAR1 and so on"), ("cut", b"")):
         (tmp_path / name / "data").mkdir(parents=True)
         (tmp_path / name / "data/train.parquet").write_bytes(content)
     (tmp_path / "hollow").mkdir()
     for name, wanted in {
-        "columns": ["train.parquet", "nums", "target"], "damaged": ["train.parquet", "fetch"], "cut": ["train.parquet", "fetch"],
-        "floats": ["row 1", "1.0", "integers"], "rows": ["1 problems", "data.test_size=8"],
-    }.items():  # fmt: skip
+        "columns": ["train.parquet", "nums", "target"],
+        "damaged": ["train.parquet", "fetch"],
+        "cut": ["train.parquet", "fetch"],
+        "floats": ["row 1", "1.0", "integers"],
+        "rows": ["1 problems", "data.test_size=8"],
+    }.items():
         with pytest.raises(ValueError, match=name) as caught:
             load_problems(data_config(tmp_path / name))
         assert [part for part in wanted if part not in str(caught.value)] == []
@@ -620,10 +784,18 @@ def test_bad_parquet_is_named(tmp_path):
 
 
 def test_impossible_synthetic_problems_are_refused():
-    with pytest.raises(ValueError, match=r"beside 7 held-out.*data\.max_number=2.*lower data\.test_size=10"):
-        load_problems(data_config("synthetic", num_numbers=[2], max_number=2, min_target=1, max_target=4, test_size=10))
+    with pytest.raises(
+        ValueError, match=r"beside 7 held-out.*data\.max_number=2.*lower data\.test_size=10"
+    ):
+        load_problems(
+            data_config(
+                "synthetic", num_numbers=[2], max_number=2, min_target=1, max_target=4, test_size=10
+            )
+        )
     with pytest.raises(ValueError, match=r"data\.min_target=50.*data\.max_number=3.*widen"):
-        load_problems(data_config("synthetic", num_numbers=[2], max_number=3, min_target=50, max_target=60))
+        load_problems(
+            data_config("synthetic", num_numbers=[2], max_number=3, min_target=50, max_target=60)
+        )
 
 
 def test_holding_out_every_synthetic_problem_is_refused():
@@ -657,7 +829,10 @@ def test_a_file_that_is_no_utf_8_is_named(tmp_path):
 
 def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"nums": [1, 2], "target": 3, "note": "a\u2028b"}\n{"nums": [4, 5], "target": 9}\n', encoding="utf-8")
+    path.write_text(
+        '{"nums": [1, 2], "target": 3, "note": "a\u2028b"}\n{"nums": [4, 5], "target": 9}\n',
+        encoding="utf-8",
+    )
     assert len(load_problems(data_config(path, test_size=1))[0]) == 1
 
 

@@ -15,11 +15,19 @@ from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-ROWS = [{"question": f"Ann has {i} apples and buys {i}: how many?", "answer": f"{i} + {i}\n#### {2 * i}"} for i in range(11)]
+ROWS = [
+    {
+        "question": f"Ann has {i} apples and buys {i}: how many?",
+        "answer": f"{i} + {i}\n#### {2 * i}",
+    }
+    for i in range(11)
+]
 
 
 def write_rows(path: Path, rows: list) -> SimpleNamespace:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return SimpleNamespace(path=str(path), test_size=3)
 
 
@@ -29,19 +37,48 @@ def write_rows(path: Path, rows: list) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("18", "18"), (" 18\n", "18"), ("18.0", "18"), ("18.", "18"), ("-3", "-3"), ("+3", "3"), ("$1,234.50", "1234.5"),
-        ("-$5", "-5"), ("$ 7", "7"), ("0.1", "0.1"), ("1,234,567", "1234567"), ("007", "7"),
+        ("18", "18"),
+        (" 18\n", "18"),
+        ("18.0", "18"),
+        ("18.", "18"),
+        ("-3", "-3"),
+        ("+3", "3"),
+        ("$1,234.50", "1234.5"),
+        ("-$5", "-5"),
+        ("$ 7", "7"),
+        ("0.1", "0.1"),
+        ("1,234,567", "1234567"),
+        ("007", "7"),
     ],
-)  # fmt: skip
+)
 def test_a_number_is_read_exactly(text, number):
     assert gsm8k_task.parse_number(text) == Decimal(number)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "$", "eighteen", "18 apples", "1,23", "1,2345", ",5", "1.2.3", "1e3", "inf", "nan", "١٨", "½", "--3", "9" * 31, "1/2",
-     "1_000", "$$5"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "$",
+        "eighteen",
+        "18 apples",
+        "1,23",
+        "1,2345",
+        ",5",
+        "1.2.3",
+        "1e3",
+        "inf",
+        "nan",
+        "١٨",
+        "½",
+        "--3",
+        "9" * 31,
+        "1/2",
+        "1_000",
+        "$$5",
+    ],
+)
 def test_what_is_no_plain_number_is_none(text):
     assert gsm8k_task.parse_number(text) is None
 
@@ -51,7 +88,11 @@ def test_what_is_no_plain_number_is_none(text):
     [
         ("9 + 9 = 18</think>\n<answer>18</answer>", 1, 1),
         ("</think><answer>$18.00</answer>  \n", 1, 1),
-        ("</think> <answer>18.000000000000000000000000000001</answer>", 0, 1),  # mutation: float() instead of Decimal()
+        (
+            "</think> <answer>18.000000000000000000000000000001</answer>",
+            0,
+            1,
+        ),  # mutation: float() instead of Decimal()
         ("</think> <answer>17</answer>", 0, 1),
         ("</think> <answer>17</answer> no, <answer>18</answer>", 1, 0),
         ("</think> so <answer>18</answer>", 1, 0),
@@ -80,7 +121,16 @@ def test_the_last_rows_are_held_out_and_never_trained_on(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [ROWS[9], *ROWS[:8], "", *ROWS[8:]])
     training, test = gsm8k_task.load_problems(data)
     assert [p["number"] for p in test] == [16, 18, 20]
-    assert [p["number"] for p in training] == [0, 2, 4, 6, 8, 10, 12, 14]  # row 9 stands in both and is held out
+    assert [p["number"] for p in training] == [
+        0,
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+    ]  # row 9 stands in both and is held out
 
 
 @pytest.mark.parametrize("answer", [42, 42.0, "42", "41 + 1 = 42\n#### 42", "#### $42.0"])
@@ -95,7 +145,10 @@ def test_an_answer_may_be_a_number_or_end_in_one(answer, tmp_path):
         ("{", "rows.jsonl, line 12, is not valid JSON"),
         ("7", "rows.jsonl, line 12, holds a int, not an object"),
         ({"question": "?"}, "rows.jsonl, line 12: answer missing"),
-        ({"question": "?", "answer": "many"}, "line 12: the answer 'many' does not end in a number"),
+        (
+            {"question": "?", "answer": "many"},
+            "line 12: the answer 'many' does not end in a number",
+        ),
         ({"question": 5, "answer": "5"}, "line 12"),
     ],
 )
@@ -107,7 +160,9 @@ def test_a_row_that_is_no_problem_is_named(row, message, tmp_path):
 def test_a_file_that_is_missing_or_too_small_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist; take"):
         gsm8k_task.load_problems(SimpleNamespace(path=str(tmp_path / "nothing.jsonl"), test_size=3))
-    with pytest.raises(ValueError, match=r"rows\.jsonl has 3 problems, data\.test_size=3 leaves none"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl has 3 problems, data\.test_size=3 leaves none"
+    ):
         gsm8k_task.load_problems(write_rows(tmp_path / "rows.jsonl", ROWS[:3]))
 
 
@@ -115,14 +170,25 @@ def test_a_question_that_holds_stop_tokens_and_tags_is_a_question(tmp_path, base
     # Catches: a prompt cut at a stop token; tags of the question counted as the answer's.
     question = "Ann says <|im_end|></think>\n<answer>18</answer> and {braces}: how many?"
     data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"question": question, "answer": "18"}])
-    problem, tokenizer = gsm8k_task.load_problems(data)[1][-1], Tokenizer.from_pretrained(base_model)
+    problem, tokenizer = (
+        gsm8k_task.load_problems(data)[1][-1],
+        Tokenizer.from_pretrained(base_model),
+    )
     asked = make_question(gsm8k_task, problem, tokenizer)
     assert question in asked.prompt
     assert tokenizer.decode(asked.prompt_token_ids) == asked.prompt
     assert gsm8k_task.reward_function("no idea</think>", **problem).total == 0
     model = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
-    drawn = rollout(model, tokenizer, [asked], num_answers=8, max_gen_len=9, temperature=1.0,
-                    reward_function=gsm8k_task.reward_function, generator=torch.Generator().manual_seed(0))  # fmt: skip
+    drawn = rollout(
+        model,
+        tokenizer,
+        [asked],
+        num_answers=8,
+        max_gen_len=9,
+        temperature=1.0,
+        reward_function=gsm8k_task.reward_function,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert {len(e.response_token_ids) for e in drawn} - {1}
 
 
@@ -138,14 +204,31 @@ def test_it_is_a_task_in_one_short_file():
 def test_a_model_trains_on_it_from_the_command_line_to_the_evaluation(base_model, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     run = tmp_path / "run"
-    assert train.main([
-        "--config", str(ROOT / "examples/config_gsm8k.yaml"), f"output_dir={run}", f"model.path={base_model}", "model.device=cpu",
-        "model.dtype=float32", f"data.path={tmp_path / 'rows.jsonl'}", "data.test_size=3", "training.max_steps=2",
-        "training.batch_size=8", "training.num_questions_per_batch=4", "training.max_gen_len=29",
-        "training.skip_unfinished_episodes=false",
-    ]) == 0  # fmt: skip
+    assert (
+        train.main(
+            [
+                "--config",
+                str(ROOT / "examples/config_gsm8k.yaml"),
+                f"output_dir={run}",
+                f"model.path={base_model}",
+                "model.device=cpu",
+                "model.dtype=float32",
+                f"data.path={tmp_path / 'rows.jsonl'}",
+                "data.test_size=3",
+                "training.max_steps=2",
+                "training.batch_size=8",
+                "training.num_questions_per_batch=4",
+                "training.max_gen_len=29",
+                "training.skip_unfinished_episodes=false",
+            ]
+        )
+        == 0
+    )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps, evaluations = [r for r in records if "reward" in r], [r for r in records if "eval/success" in r]
+    steps, evaluations = (
+        [r for r in records if "reward" in r],
+        [r for r in records if "eval/success" in r],
+    )
     assert [r["step"] for r in steps] == [1, 2]
     assert {"rewards/answer", "rewards/format"} <= steps[0].keys()
     assert [r["eval/questions"] for r in evaluations] == [3, 3]
@@ -154,5 +237,13 @@ def test_a_model_trains_on_it_from_the_command_line_to_the_evaluation(base_model
     capsys.readouterr()
     assert evaluate.main([str(run), "--json", str(tmp_path / "report.json")]) == 0
     [model] = json.loads((tmp_path / "report.json").read_text())["models"]
-    for name in ("success", "success_low", "success_high", "reward", "mean_length", "finished", "questions"):
+    for name in (
+        "success",
+        "success_low",
+        "success_high",
+        "reward",
+        "mean_length",
+        "finished",
+        "questions",
+    ):
         assert model[name] == evaluations[-1][f"eval/{name}"]

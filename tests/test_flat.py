@@ -28,7 +28,9 @@ def test_weights_keep_their_values_and_share_one_tensor(dtype):
     for p, w in zip(ours, wanted, strict=True):
         assert torch.equal(p, w)
         assert p.data_ptr() % (ALIGNMENT * p.itemsize) == flat.data_ptr() % (ALIGNMENT * p.itemsize)
-    assert norm(flat) == pytest.approx(math.sqrt(sum(w.detach().double().square().sum().item() for w in wanted)), rel=1e-5)
+    assert norm(flat) == pytest.approx(
+        math.sqrt(sum(w.detach().double().square().sum().item() for w in wanted)), rel=1e-5
+    )
     flat.zero_()
     assert not any(p.any() for p in ours)
     assert not flat.requires_grad
@@ -79,7 +81,10 @@ def test_a_model_made_on_meta_gets_flat_weights_and_computes_the_same():
         model = Transformer(wanted.config)
     allocate(model, device="cpu", dtype=torch.float32)
     model.load_state_dict(wanted.state_dict())
-    assert model.head_weight_VE.untyped_storage().data_ptr() == model.model.norm.weight.untyped_storage().data_ptr()
+    assert (
+        model.head_weight_VE.untyped_storage().data_ptr()
+        == model.model.norm.weight.untyped_storage().data_ptr()
+    )
     tokens_BT = random_tokens(2, 7)
     assert torch.equal(model(tokens_BT), wanted(tokens_BT))
 

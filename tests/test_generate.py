@@ -15,7 +15,9 @@ from qwen2_model import KVCache
 
 TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
 STOP_IDS = frozenset([7, 31, 40, 50, 60])
-PROMPTS = [random_tokens(n, seed=n, vocab_size=VOCAB).tolist() for n in (5, 1, 59, 17, 2)]  # 59 + 23 crosses a SPAN of 64
+PROMPTS = [
+    random_tokens(n, seed=n, vocab_size=VOCAB).tolist() for n in (5, 1, 59, 17, 2)
+]  # 59 + 23 crosses a SPAN of 64
 NUM_ANSWERS, MAX_GEN_LEN = 3, 23
 ROW_BYTES = KVCache.bytes_per_token(CONFIG, torch.float32) * (59 + MAX_GEN_LEN)
 
@@ -23,9 +25,25 @@ ROW_BYTES = KVCache.bytes_per_token(CONFIG, torch.float32) * (59 + MAX_GEN_LEN)
 SAMPLING = Sampling(MAX_GEN_LEN, TEMPERATURE, VOCAB, STOP_IDS)
 
 
-def run(model=None, prompts=PROMPTS, *, seed=0, num_answers=NUM_ANSWERS, cache_bytes=None, watch=None, **changes):
-    return generate(model or random_model(), prompts, replace(SAMPLING, **changes), num_answers=num_answers,
-                    generator=torch.Generator().manual_seed(seed), cache_bytes=cache_bytes, watch=watch or Seen())
+def run(
+    model=None,
+    prompts=PROMPTS,
+    *,
+    seed=0,
+    num_answers=NUM_ANSWERS,
+    cache_bytes=None,
+    watch=None,
+    **changes,
+):
+    return generate(
+        model or random_model(),
+        prompts,
+        replace(SAMPLING, **changes),
+        num_answers=num_answers,
+        generator=torch.Generator().manual_seed(seed),
+        cache_bytes=cache_bytes,
+        watch=watch or Seen(),
+    )
 
 
 def slots_of(cache_bytes) -> int:
@@ -74,7 +92,9 @@ def test_draws_have_the_distribution():
     uniform_R = torch.rand(draws, generator=torch.Generator().manual_seed(0))
     ids_R, logprobs_R, entropy_R = draw(log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1])
     probs_V = torch.softmax(logits_V[:9].double() / 1.3, dim=0)
-    statistic, threshold = chi_square(torch.bincount(ids_R, minlength=11).tolist(), [*probs_V.tolist(), 0, 0])
+    statistic, threshold = chi_square(
+        torch.bincount(ids_R, minlength=11).tolist(), [*probs_V.tolist(), 0, 0]
+    )
     assert statistic < threshold
     torch.testing.assert_close(logprobs_R, probs_V.log().float()[ids_R])
     torch.testing.assert_close(entropy_R, -(probs_V * probs_V.log()).sum().float().expand(draws))
@@ -99,9 +119,13 @@ def test_the_ends_of_the_uniform_draw_possible_ids(uniform):
 def test_first_tokens_have_the_models_distribution():
     # Catches: one uniform shared by all answers of a prompt; temperature dropped in _step.
     model, prompt, draws = random_model(vocab_size=17), [3, 1, 4, 1, 5], 4000
-    samples = run(model, [prompt], num_answers=draws, max_gen_len=1, vocab_size=13, stop_ids=frozenset([2]))
+    samples = run(
+        model, [prompt], num_answers=draws, max_gen_len=1, vocab_size=13, stop_ids=frozenset([2])
+    )
     with torch.no_grad():
-        probs = torch.softmax(model(torch.tensor([prompt]))[0, -1, :13].double() / TEMPERATURE, dim=0).tolist()
+        probs = torch.softmax(
+            model(torch.tensor([prompt]))[0, -1, :13].double() / TEMPERATURE, dim=0
+        ).tolist()
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=17).tolist()
     assert sum(counts[13:]) == 0
     statistic, threshold = chi_square(counts, probs + [0] * 4)
@@ -130,7 +154,9 @@ def test_log_probabilities_and_entropy_equal_those_of_a_full_forward():
         logprobs_SV = torch.log_softmax(logits_SV / TEMPERATURE, dim=-1)
         wanted_S = logprobs_SV.gather(1, torch.tensor(s.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(s.logprobs), wanted_S, rtol=0, atol=1e-4)
-        assert s.entropy == pytest.approx(-(logprobs_SV.exp() * logprobs_SV).sum(1).mean().item(), abs=1e-4)
+        assert s.entropy == pytest.approx(
+            -(logprobs_SV.exp() * logprobs_SV).sum(1).mean().item(), abs=1e-4
+        )
 
 
 def test_every_stop_id_stops_and_nothing_outlives_the_budget():
@@ -166,7 +192,9 @@ def test_the_cache_budget_changes_nothing(slots):
     assert (slots_of(budget), slots_of(None)) == (slots, 15)
     assert_same_samples(got, wanted)
     tokens = sum(len(s.token_ids) for s in got)
-    assert few.counts["row_steps"] == every.counts["row_steps"] == tokens  # no step for a row that has ended
+    assert (
+        few.counts["row_steps"] == every.counts["row_steps"] == tokens
+    )  # no step for a row that has ended
 
 
 @pytest.mark.parametrize("slots", [1, 4, 15])
@@ -177,7 +205,10 @@ def test_many_answers_are_drawn_as_one_is(slots):
     samples = run(model, cache_bytes=slots * ROW_BYTES)
     assert len(samples) == 15
     for i, sample in enumerate(samples):
-        assert list(generate_one(model, PROMPTS[i // NUM_ANSWERS], SAMPLING, uniforms_AG[i])) == sample.token_ids
+        assert (
+            list(generate_one(model, PROMPTS[i // NUM_ANSWERS], SAMPLING, uniforms_AG[i]))
+            == sample.token_ids
+        )
 
 
 def test_answers_do_not_depend_on_the_other_prompts():
@@ -198,13 +229,18 @@ def test_prompts_go_through_the_model_in_batches(monkeypatch):
 
 @pytest.mark.parametrize(("interval", "round_to"), [(5, 4), (8, 8), (1, 4), (5, 1)])
 @pytest.mark.parametrize("slots", [1, 3, 6, 15])
-def test_looking_seldom_and_rounding_rows_up_changes_nothing(interval, round_to, slots, monkeypatch):
+def test_looking_seldom_and_rounding_rows_up_changes_nothing(
+    interval, round_to, slots, monkeypatch
+):
     # What CUDA does, on the CPU. Catches: an ended row that goes on growing (`lengths_R + active_R` -> `+ 1`) or wakes up
     # (`~active_R | ` dropped); a cache too short; holes closed with slots that have ended themselves.
     def fixed(value):  # a property goes before what __init__ assigns to the same name
         return property(lambda self: value, lambda self, assigned: None)
 
-    names = {"interval": fixed(interval), "round_up": fixed(lambda rows: -(-rows // round_to) * round_to)}
+    names = {
+        "interval": fixed(interval),
+        "round_up": fixed(lambda rows: -(-rows // round_to) * round_to),
+    }
     seldom = type("Seldom", (module.Decoder,), names)
     wanted = run()
     monkeypatch.setattr(module, "Decoder", seldom)
@@ -250,7 +286,10 @@ def test_an_empty_prompt_is_refused():
 def test_a_prompt_too_long_for_the_model_says_what_would_fit():
     # Catches: `>` -> `>=`.
     prompt = random_tokens(500, vocab_size=VOCAB).tolist()
-    with pytest.raises(ValueError, match=r"500 tokens and answers of up to 13 exceed the model's 512 (?s:.*)max_gen_len=12"):
+    with pytest.raises(
+        ValueError,
+        match=r"500 tokens and answers of up to 13 exceed the model's 512 (?s:.*)max_gen_len=12",
+    ):
         run(prompts=[prompt], max_gen_len=13)
     samples = run(prompts=[prompt], max_gen_len=12)
     assert len(samples) == NUM_ANSWERS
@@ -258,7 +297,9 @@ def test_a_prompt_too_long_for_the_model_says_what_would_fit():
 
 @pytest.mark.parametrize("cache_bytes", [0, ROW_BYTES - 1])
 def test_a_budget_without_room_for_a_row_says_what_one_takes(cache_bytes):
-    with pytest.raises(ValueError, match=rf"holds no row: one of 59 \+ 23 tokens takes {ROW_BYTES:,}"):
+    with pytest.raises(
+        ValueError, match=rf"holds no row: one of 59 \+ 23 tokens takes {ROW_BYTES:,}"
+    ):
         run(cache_bytes=cache_bytes)
     assert slots_of(ROW_BYTES) == 1
 

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Seen, episode, random_model, random_tokens, reference_model, write_word_tokenizer
+from helpers import (
+    Seen,
+    episode,
+    random_model,
+    random_tokens,
+    reference_model,
+    write_word_tokenizer,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +24,14 @@ import grpo
 from countdown_task import render_prompt
 from data_types import Episode, Question, Reward
 from generate import Sampling, generate_one
-from grpo import ChunkedLoss, episode_advantages, group_advantages, rollout, token_loss, update_policy
+from grpo import (
+    ChunkedLoss,
+    episode_advantages,
+    group_advantages,
+    rollout,
+    token_loss,
+    update_policy,
+)
 from optimizer import AdamW
 from packing import Row
 from qwen2_model import Transformer
@@ -46,7 +60,10 @@ def test_advantages_by_hand():
     # Catches: correction=0 -> 1 (sample standard deviation); eps 1e-4 -> 1e-8; the mean over the batch.
     rewards_NM = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 5.0, 3.0, 5.0]])
     std = math.sqrt(3) / 4  # of (1, 0, 0, 0) about 1/4: sqrt((9/16 + 3/16) / 4)
-    wanted = [[0.75 / (std + 1e-4), *[-0.25 / (std + 1e-4)] * 3], [-1 / 1.0001, 1 / 1.0001, -1 / 1.0001, 1 / 1.0001]]
+    wanted = [
+        [0.75 / (std + 1e-4), *[-0.25 / (std + 1e-4)] * 3],
+        [-1 / 1.0001, 1 / 1.0001, -1 / 1.0001, 1 / 1.0001],
+    ]
     advantages_NM = group_advantages(rewards_NM)
     assert advantages_NM.dtype == torch.float32
     torch.testing.assert_close(advantages_NM, torch.tensor(wanted), rtol=1e-6, atol=0)
@@ -57,7 +74,9 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("answers", [2, 3, 7, 1000])
 def test_equal_rewards_give_exactly_0(reward, answers):
     # Catches: masked_fill dropped: the mean of three 0.1 is not 0.1, and the difference over eps is an advantage.
-    advantages_NM = group_advantages(torch.tensor([[reward] * answers, [0.0] * (answers - 1) + [1.0]]))
+    advantages_NM = group_advantages(
+        torch.tensor([[reward] * answers, [0.0] * (answers - 1) + [1.0]])
+    )
     assert torch.equal(advantages_NM[0], torch.zeros(answers))
     assert (advantages_NM[1] != 0).all()  # a neighbour keeps its own
 
@@ -66,8 +85,14 @@ def test_equal_rewards_give_exactly_0(reward, answers):
 def test_advantages_equal_the_statistics_module(rewards):
     # Catches: the median for the mean; correction=0 -> 1.
     mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
-    wanted = [(r - mean) / (std + 1e-4) for r in rewards] if len(set(rewards)) > 1 else [0.0] * len(rewards)
-    assert group_advantages(torch.tensor([rewards]))[0].tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    wanted = (
+        [(r - mean) / (std + 1e-4) for r in rewards]
+        if len(set(rewards)) > 1
+        else [0.0] * len(rewards)
+    )
+    assert group_advantages(torch.tensor([rewards]))[0].tolist() == pytest.approx(
+        wanted, rel=1e-5, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 0), (3,)])
@@ -78,7 +103,10 @@ def test_a_group_of_one_is_refused(shape):
 
 def test_groups_are_by_question_id_wherever_their_episodes_stand():
     # Catches: grouping by the prompt's tokens: the two equal questions would become one group with advantages.
-    episodes = [episode(q, [1, 2], [3], r) for q, r in [(5, 1.0), (2, 0.0), (5, 1.0), (2, 0.0), (7, 0.0), (7, 2.0)]]
+    episodes = [
+        episode(q, [1, 2], [3], r)
+        for q, r in [(5, 1.0), (2, 0.0), (5, 1.0), (2, 0.0), (7, 0.0), (7, 2.0)]
+    ]
     assert episode_advantages(episodes) == pytest.approx([0, 0, 0, 0, -1 / 1.0001, 1 / 1.0001])
 
 
@@ -87,9 +115,28 @@ def test_groups_are_by_question_id_wherever_their_episodes_stand():
 
 def batch(ragged: bool) -> list[Episode]:
     """Five groups of 2 to 5 answers, out of order; one has equal rewards, two have equal prompts; some are cut off."""
-    plan = [(0, 1.1), (3, 0.0), (1, 0.1), (0, 0.0), (4, 1.0), (2, 1.0), (1, 0.1), (0, 0.1), (3, 1.0), (2, 0.0), (4, 0.0),
-            (0, 0.0), (1, 0.1), (2, 0.0), (0, 1.0), (4, 0.1)]  # fmt: skip
-    prompts = [random_tokens(n, seed=n).tolist() for n in ((11, 1, 5, 11, 17) if ragged else (7, 7, 7, 7, 7))]
+    plan = [
+        (0, 1.1),
+        (3, 0.0),
+        (1, 0.1),
+        (0, 0.0),
+        (4, 1.0),
+        (2, 1.0),
+        (1, 0.1),
+        (0, 0.1),
+        (3, 1.0),
+        (2, 0.0),
+        (4, 0.0),
+        (0, 0.0),
+        (1, 0.1),
+        (2, 0.0),
+        (0, 1.0),
+        (4, 0.1),
+    ]
+    prompts = [
+        random_tokens(n, seed=n).tolist()
+        for n in ((11, 1, 5, 11, 17) if ragged else (7, 7, 7, 7, 7))
+    ]
     prompts[3] = prompts[0]
     episodes = []
     for i, (q, reward) in enumerate(plan):
@@ -100,7 +147,9 @@ def batch(ragged: bool) -> list[Episode]:
 
 
 @cache
-def naive_gradient(tied: bool, ragged: bool, skip_unfinished: bool, temperature=TEMPERATURE, vocab_size=VOCAB):
+def naive_gradient(
+    tied: bool, ragged: bool, skip_unfinished: bool, temperature=TEMPERATURE, vocab_size=VOCAB
+):
     """The loss of DESIGN's equation, one episode at a time, each alone, by transformers and autograd."""
     model, episodes = reference_model(random_model(tied=tied)), batch(ragged)
     mask = [0 if skip_unfinished and not e.is_finished else 1 for e in episodes]
@@ -125,7 +174,9 @@ def assert_same_gradient(got: dict, wanted: dict):
     assert set(got) == set(wanted)
     for name, gradient in wanted.items():
         difference = (got[name] - gradient).norm()
-        if name.endswith("k_proj.bias"):  # softmax does not feel what all keys share: the true gradient is 0
+        if name.endswith(
+            "k_proj.bias"
+        ):  # softmax does not feel what all keys share: the true gradient is 0
             assert difference < 1e-6 * largest, name
         else:
             assert gradient.norm() > 1e-4 * largest, name  # or the next line would compare rounding
@@ -150,14 +201,23 @@ def test_update_gradient_equals_a_naive_loop(
     model = random_model(tied=tied)
     recorder = Recorder(model)
     stats = update_policy(
-        model, recorder, batch(ragged), max_grad_norm=math.inf, skip_unfinished=skip_unfinished, temperature=TEMPERATURE,
-        vocab_size=VOCAB, micro_batch_tokens=micro_batch_tokens, checkpoint_layers=checkpoint_layers,
-    )  # fmt: skip
+        model,
+        recorder,
+        batch(ragged),
+        max_grad_norm=math.inf,
+        skip_unfinished=skip_unfinished,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_layers=checkpoint_layers,
+    )
     loss, num_tokens, gradient = naive_gradient(tied, ragged, skip_unfinished)
     assert_same_gradient(recorder.gradient, gradient)
     assert stats.loss == pytest.approx(loss, rel=1e-5)
     assert stats.num_tokens == num_tokens
-    assert stats.grad_norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradient.values())), rel=1e-5)
+    assert stats.grad_norm == pytest.approx(
+        math.sqrt(sum(g.square().sum().item() for g in gradient.values())), rel=1e-5
+    )
     assert not stats.skipped
 
 
@@ -166,7 +226,9 @@ def test_defaults_are_temperature_1_and_the_whole_head():
     model = random_model()
     recorder = Recorder(model)
     update_policy(model, recorder, batch(True), max_grad_norm=math.inf, skip_unfinished=False)
-    assert_same_gradient(recorder.gradient, naive_gradient(False, True, False, temperature=1.0, vocab_size=101)[2])
+    assert_same_gradient(
+        recorder.gradient, naive_gradient(False, True, False, temperature=1.0, vocab_size=101)[2]
+    )
 
 
 def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
@@ -174,9 +236,15 @@ def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
     model, before = random_model(), random_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     update_policy(
-        model, optimizer, batch(True), max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB,
+        model,
+        optimizer,
+        batch(True),
+        max_grad_norm=math.inf,
+        skip_unfinished=False,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
         micro_batch_tokens=29,
-    )  # fmt: skip
+    )
     gradient = naive_gradient(False, True, False)[2]
     for (name, after), start in zip(model.named_parameters(), before.parameters(), strict=True):
         assert after.grad is None
@@ -187,8 +255,15 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before():
     # Catches: `gradient.mul_` left out; the norm taken after clipping.
     model = random_model()
     recorder = Recorder(model)
-    stats = update_policy(model, recorder, batch(True), max_grad_norm=0.125, skip_unfinished=False,
-                          temperature=TEMPERATURE, vocab_size=VOCAB)  # fmt: skip
+    stats = update_policy(
+        model,
+        recorder,
+        batch(True),
+        max_grad_norm=0.125,
+        skip_unfinished=False,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
+    )
     gradient = naive_gradient(False, True, False)[2]
     norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
     assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -200,7 +275,9 @@ def test_progress_counts_each_prompt_once_a_group():
     # Catches: the prompt laid out again for every answer.
     model, seen = random_model(), Seen()
     episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
-    update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, watch=seen)
+    update_policy(
+        model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, watch=seen
+    )
     assert seen.parts == [("gradient", 28), ("optimizer", 1)]
     assert seen.advances == [("gradient", 2 * (5 + 3 * 3))]
     assert seen.counts["tokens_run"] == 28
@@ -211,7 +288,11 @@ def test_progress_counts_each_prompt_once_a_group():
     [
         (lambda e: replace(e, is_finished=False), True, "no answer is finished"),
         (lambda e: replace(e, reward=Reward(0.1, {})), False, "advantage 0"),
-        (lambda e: replace(e, is_finished=e.question_id == 1), True, "advantage 0"),  # the group of equal rewards
+        (
+            lambda e: replace(e, is_finished=e.question_id == 1),
+            True,
+            "advantage 0",
+        ),  # the group of equal rewards
     ],
 )
 def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, reason):
@@ -219,13 +300,17 @@ def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, re
     model, before = random_model(), random_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     update = dict(max_grad_norm=1.0, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
-    update_policy(model, optimizer, batch(True), skip_unfinished=False, **update)  # there is momentum now
+    update_policy(
+        model, optimizer, batch(True), skip_unfinished=False, **update
+    )  # there is momentum now
     before.load_state_dict(model.state_dict())
     episodes = [change(e) for e in batch(True)]
     stats = update_policy(model, optimizer, episodes, skip_unfinished=skip_unfinished, **update)
     assert reason in stats.skipped
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
-    assert stats.num_tokens == sum(len(e.response_token_ids) for e in episodes if e.is_finished or not skip_unfinished)
+    assert stats.num_tokens == sum(
+        len(e.response_token_ids) for e in episodes if e.is_finished or not skip_unfinished
+    )
     for after, start in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(after, start)
     assert {int(s["step"]) for s in optimizer.state.values()} == {1}
@@ -236,7 +321,9 @@ def test_equal_questions_with_different_ids_stay_two_groups():
     prompt = [4, 5, 6]
     episodes = [episode(q, prompt, [7, 8, 9], float(q)) for q in (0, 1, 0, 1)]
     model = random_model()
-    stats = update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False)
+    stats = update_policy(
+        model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False
+    )
     assert "advantage 0" in stats.skipped
 
 
@@ -247,18 +334,23 @@ def assert_no_step(model, episodes, **changes):
     """The stats of an update that must leave weights, gradients and optimizer alone."""
     before = {n: t.clone() for n, t in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    stats = update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, **changes)
+    stats = update_policy(
+        model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, **changes
+    )
     assert not optimizer.state
     assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     return stats
 
 
-@pytest.mark.parametrize("damage", [
-    lambda e: replace(e, reward=Reward(math.nan, {})),
-    lambda e: replace(e, reward=Reward(math.inf, {})),
-    lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda e: replace(e, reward=Reward(math.nan, {})),
+        lambda e: replace(e, reward=Reward(math.inf, {})),
+        lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
+    ],
+)
 def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
     # Catches: only the reward, or only the log-probabilities, asked for; a loss of 0 reported that nobody computed.
     episodes = batch(True)
@@ -266,13 +358,20 @@ def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
     stats = assert_no_step(random_model(), episodes)
     assert "not finite" in stats.skipped
     assert stats.broken_questions == [2]
-    assert all(map(math.isnan, (stats.loss, stats.grad_norm, stats.logprob_diff_mean, stats.logprob_diff_max)))
+    assert all(
+        map(
+            math.isnan,
+            (stats.loss, stats.grad_norm, stats.logprob_diff_mean, stats.logprob_diff_max),
+        )
+    )
 
 
 def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
     # Catches: the guard behind optimizer.step(); broken_questions of the whole batch for one bad row.
     model = random_model()
-    episodes = [episode(q, [90 + q, 1, 2], [3, 4, 5 + j], float(j)) for q in (3, 5, 7) for j in range(2)]
+    episodes = [
+        episode(q, [90 + q, 1, 2], [3, 4, 5 + j], float(j)) for q in (3, 5, 7) for j in range(2)
+    ]
     with torch.no_grad():
         model.model.embed_tokens.weight[95] = math.nan  # a token of question 5 alone
     stats = assert_no_step(model, episodes, micro_batch_tokens=9)
@@ -283,7 +382,9 @@ def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
 
 def test_a_gradient_of_zero_makes_no_step(monkeypatch):
     # Catches: the optimizer fed zeros, by which its momentum would move the weights.
-    monkeypatch.setattr(grpo, "token_loss", lambda logprobs_P, row, num_tokens: 0.0 * logprobs_P.sum())
+    monkeypatch.setattr(
+        grpo, "token_loss", lambda logprobs_P, row, num_tokens: 0.0 * logprobs_P.sum()
+    )
     stats = assert_no_step(random_model(), batch(True))
     assert stats.skipped == "the gradient is 0"
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
@@ -309,9 +410,13 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
         def advance(self, amount=0, **counts):
             raise KeyboardInterrupt
 
-    update = dict(max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
+    update = dict(
+        max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB
+    )  # noqa: C408
     with pytest.raises(KeyboardInterrupt):
-        update_policy(model, recorder, batch(True), micro_batch_tokens=29, watch=Interrupting(), **update)
+        update_policy(
+            model, recorder, batch(True), micro_batch_tokens=29, watch=Interrupting(), **update
+        )
     assert recorder.gradient is None
     update_policy(model, recorder, batch(True), **update)
     assert_same_gradient(recorder.gradient, naive_gradient(False, True, False)[2])
@@ -323,18 +428,34 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
     # % instead of 0.9 %).
     tokens = random.Random(0).choices(range(89), [1 / (i + 1) for i in range(89)], k=6000)
     episodes = [
-        Episode(i // 4, tokens[250 * i : 250 * i + 50], tokens[250 * i + 50 : 250 * i + 250], [0.0] * 200, True, "",
-                Reward(float(i % 3), {}))
+        Episode(
+            i // 4,
+            tokens[250 * i : 250 * i + 50],
+            tokens[250 * i + 50 : 250 * i + 250],
+            [0.0] * 200,
+            True,
+            "",
+            Reward(float(i % 3), {}),
+        )
         for i in range(24)
-    ]  # fmt: skip
+    ]
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(tied=tied).requires_grad_(False)
         for parameter in model.parameters():
-            parameter.mul_(0.3 if parameter.ndim == 2 else 1)  # a tame model: the products' own rounding stays small
+            parameter.mul_(
+                0.3 if parameter.ndim == 2 else 1
+            )  # a tame model: the products' own rounding stays small
         model = model.requires_grad_().bfloat16().to(dtype)
         recorder = Recorder(model)
-        update_policy(model, recorder, episodes, max_grad_norm=math.inf, skip_unfinished=False, micro_batch_tokens=2000)
+        update_policy(
+            model,
+            recorder,
+            episodes,
+            max_grad_norm=math.inf,
+            skip_unfinished=False,
+            micro_batch_tokens=2000,
+        )
         gradients.append(recorder.gradient)
     exact, rounded = gradients
     errors = {n: float((rounded[n].float() - exact[n]).norm() / exact[n].norm()) for n in exact}
@@ -347,7 +468,9 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
 def test_the_loss_by_hand():
     # Catches: the sign; a mean instead of the sum over num_tokens, which would weigh rows by their own length.
     logprobs_P, advantages_P = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0.5, 0.5, -1.0])
-    assert token_loss(logprobs_P, SimpleNamespace(advantages_P=advantages_P), 10) == pytest.approx(-(-0.5 - 1.0 + 4.0) / 10)
+    assert token_loss(logprobs_P, SimpleNamespace(advantages_P=advantages_P), 10) == pytest.approx(
+        -(-0.5 - 1.0 + 4.0) / 10
+    )
 
 
 class Head:
@@ -364,7 +487,16 @@ class Head:
 def scored(targets_P, advantages_P) -> Row:
     """What ChunkedLoss asks of a row."""
     nothing = torch.zeros(0, dtype=torch.long)
-    return Row(nothing, nothing, [], torch.zeros_like(targets_P), targets_P, advantages_P, torch.zeros(len(targets_P)), [0])
+    return Row(
+        nothing,
+        nothing,
+        [],
+        torch.zeros_like(targets_P),
+        targets_P,
+        advantages_P,
+        torch.zeros(len(targets_P)),
+        [0],
+    )
 
 
 TARGETS_P = torch.tensor([0, 3, 10, 3, 9, 1, 1])
@@ -375,14 +507,26 @@ def test_the_loss_in_chunks_and_its_gradient_equal_autograds(chunk_rows, monkeyp
     # Catches: `.mul_(-grad_C1)` -> `.mul_(grad_C1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
     generator = torch.Generator().manual_seed(0)
-    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 13))
+    hidden_PE, head_VE = (
+        torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (7, 13)
+    )
     advantages_P = torch.randn(7, generator=generator, dtype=torch.float64)
-    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), TARGETS_P]
+    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[
+        torch.arange(7), TARGETS_P
+    ]
     wanted_loss = -(advantages_P * wanted_P).sum() / 10
     wanted = torch.autograd.grad(wanted_loss, (hidden_PE, head_VE))
-    loss, logprobs_P = ChunkedLoss.apply(hidden_PE, Head(head_VE), scored(TARGETS_P, advantages_P), 10, 0.6, 11)
+    loss, logprobs_P = ChunkedLoss.apply(
+        hidden_PE, Head(head_VE), scored(TARGETS_P, advantages_P), 10, 0.6, 11
+    )
     loss.backward()
-    for got, exact in ((loss, wanted_loss), (logprobs_P, wanted_P), (hidden_PE.grad, wanted[0]), (head_VE.grad - 5.0, wanted[1])):
+    for got, exact in (
+        (loss, wanted_loss),
+        (logprobs_P, wanted_P),
+        (hidden_PE.grad, wanted[0]),
+        (head_VE.grad - 5.0, wanted[1]),
+    ):
         torch.testing.assert_close(got, exact)
 
 
@@ -391,14 +535,20 @@ def test_the_loss_in_chunks_of_a_bf16_head_whose_product_returns_float32(budget,
     # As on CUDA. Catches: the wide buffer of the weights' dtype; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
     generator = torch.Generator().manual_seed(1)
-    hidden_PE, head_VE = (torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13))
+    hidden_PE, head_VE = (
+        torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13)
+    )
     advantages_P = torch.randn(7, generator=generator)
     head = Head(head_VE, lambda hidden, weight: hidden.float() @ weight.float().t())
     head_VE.grad.zero_()
-    loss, logprobs_P = ChunkedLoss.apply(hidden_PE, head, scored(TARGETS_P, advantages_P), 10, 0.6, 11)
+    loss, logprobs_P = ChunkedLoss.apply(
+        hidden_PE, head, scored(TARGETS_P, advantages_P), 10, 0.6, 11
+    )
     loss.backward()
     exact_hidden, exact_head = (t.detach().double().requires_grad_() for t in (hidden_PE, head_VE))
-    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[torch.arange(7), TARGETS_P]
+    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[
+        torch.arange(7), TARGETS_P
+    ]
     (-(advantages_P * wanted_P).sum() / 10).backward()
     assert logprobs_P.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(logprobs_P.double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
@@ -415,7 +565,9 @@ def test_the_loss_in_chunks_says_where_it_is_to_be_scaled_and_learns_nothing_wit
         (0.5 * loss).backward()
     head = Head(head_VE)
     with torch.no_grad():
-        ChunkedLoss.apply(hidden_PE.detach(), head, row, 10, 1.0, 11)  # as hidden states come under no_grad
+        ChunkedLoss.apply(
+            hidden_PE.detach(), head, row, 10, 1.0, 11
+        )  # as hidden states come under no_grad
     assert (head_VE.grad == 5.0).all()
 
 
@@ -425,16 +577,32 @@ def test_the_loss_in_chunks_says_where_it_is_to_be_scaled_and_learns_nothing_wit
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("words")
-    return Tokenizer.from_pretrained(write_word_tokenizer(directory, size=VOCAB, stop_ids=[7, 31, 40, 41, 50, 60]))
+    return Tokenizer.from_pretrained(
+        write_word_tokenizer(directory, size=VOCAB, stop_ids=[7, 31, 40, 41, 50, 60])
+    )
 
 
-def sample_episodes(model, tokenizer, *, temperature=0.8, reward=lambda text, **problem: Reward(float(len(text) % 3), {})):
+def sample_episodes(
+    model,
+    tokenizer,
+    *,
+    temperature=0.8,
+    reward=lambda text, **problem: Reward(float(len(text) % 3), {}),
+):
     prompts = [random_tokens(n, seed=n, vocab_size=VOCAB).tolist() for n in (3, 11, 1)]
-    questions = [Question("", prompt, {"numbers": [len(prompt)], "target": prompt[0]}) for prompt in prompts]
+    questions = [
+        Question("", prompt, {"numbers": [len(prompt)], "target": prompt[0]}) for prompt in prompts
+    ]
     episodes = rollout(
-        model, tokenizer, questions, num_answers=5, max_gen_len=23, temperature=temperature, reward_function=reward,
+        model,
+        tokenizer,
+        questions,
+        num_answers=5,
+        max_gen_len=23,
+        temperature=temperature,
+        reward_function=reward,
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     return questions, episodes
 
 
@@ -451,7 +619,11 @@ def test_rollout_scores_every_answer_in_order(tokenizer):
     assert [e.question_id for e in episodes] == [0] * 5 + [1] * 5 + [2] * 5
     for i, e in enumerate(episodes):
         assert e.prompt_token_ids == questions[i // 5].prompt_token_ids
-        assert calls[i] == (e.text, questions[i // 5].problem["numbers"], questions[i // 5].problem["target"])
+        assert calls[i] == (
+            e.text,
+            questions[i // 5].problem["numbers"],
+            questions[i // 5].problem["target"],
+        )
         assert e.reward == Reward((i + 1) / 7, {"format": 1.0})
         assert e.is_finished == (e.response_token_ids[-1] in tokenizer.stop_ids)
         said = e.response_token_ids[:-1] if e.is_finished else e.response_token_ids
@@ -466,9 +638,16 @@ def test_rollout_reports_what_it_does(tokenizer):
     seen = Seen()
     questions = [Question("", [1, 2, 3], {})]
     episodes = rollout(
-        random_model(), tokenizer, questions, num_answers=5, max_gen_len=7, temperature=1.0,
-        reward_function=lambda text: Reward(0.0, {}), generator=torch.Generator().manual_seed(0), watch=seen,
-    )  # fmt: skip
+        random_model(),
+        tokenizer,
+        questions,
+        num_answers=5,
+        max_gen_len=7,
+        temperature=1.0,
+        reward_function=lambda text: Reward(0.0, {}),
+        generator=torch.Generator().manual_seed(0),
+        watch=seen,
+    )
     assert seen.parts == [("prefill", 1), ("decode", 5), ("reward", 5)]
     assert seen.counts["row_steps"] == sum(len(e.response_token_ids) for e in episodes)
     assert [amount for part, amount in seen.advances if part == "reward"] == [1] * 5
@@ -499,7 +678,9 @@ def test_logprob_difference_is_the_mean_and_the_largest():
         replace(e, response_logprobs=[a + b for a, b in zip(x, y, strict=True)])
         for e, x, y in zip(episodes, logprobs, shifts, strict=True)
     ]
-    stats = update_policy(model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False)
+    stats = update_policy(
+        model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False
+    )
     assert stats.logprob_diff_mean == pytest.approx(3.75 / 5, abs=1e-5)
     assert stats.logprob_diff_max == pytest.approx(2.0, abs=1e-5)
 
@@ -514,12 +695,29 @@ def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_mode
     tokenizer = Tokenizer.from_pretrained(base_model)
     model = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
     optimizer, generator = AdamW(model.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
-    prompts = [render_prompt({"numbers": [n, 5, 7], "target": 10 + n}, tokenizer) for n in range(1, 6)]
+    prompts = [
+        render_prompt({"numbers": [n, 5, 7], "target": 10 + n}, tokenizer) for n in range(1, 6)
+    ]
     questions = [Question(prompt, tokenizer.encode(prompt), {}) for prompt in prompts]
     for _ in range(2):
-        episodes = rollout(model, tokenizer, questions, num_answers=4, max_gen_len=13, temperature=1.0, generator=generator,
-                           reward_function=lambda text: Reward(float(len(text)), {}))  # fmt: skip
-        stats = update_policy(model, optimizer, episodes, max_grad_norm=1.0, skip_unfinished=False, vocab_size=tokenizer.vocab_size)
+        episodes = rollout(
+            model,
+            tokenizer,
+            questions,
+            num_answers=4,
+            max_gen_len=13,
+            temperature=1.0,
+            generator=generator,
+            reward_function=lambda text: Reward(float(len(text)), {}),
+        )
+        stats = update_policy(
+            model,
+            optimizer,
+            episodes,
+            max_grad_norm=1.0,
+            skip_unfinished=False,
+            vocab_size=tokenizer.vocab_size,
+        )
         assert stats.weights_changed > 0.9
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -532,10 +730,13 @@ def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_mode
     untrained = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
     for prompt, question in zip(prompts, questions, strict=True):
         given = their_tokenizer(prompt, return_tensors="pt")
-        wanted_1S = theirs.generate(**given, do_sample=False, max_new_tokens=29, suppress_tokens=rows_without_a_token)
+        wanted_1S = theirs.generate(
+            **given, do_sample=False, max_new_tokens=29, suppress_tokens=rows_without_a_token
+        )
         wanted = wanted_1S[0, len(question.prompt_token_ids) :].tolist()
         got, before = (
-            list(generate_one(m, question.prompt_token_ids, greedy, torch.full((29,), 0.5))) for m in (model, untrained)
+            list(generate_one(m, question.prompt_token_ids, greedy, torch.full((29,), 0.5)))
+            for m in (model, untrained)
         )
         assert got == wanted
         assert tokenizer.decode(got) == their_tokenizer.decode(wanted)

@@ -31,17 +31,32 @@ def test_a_few_steps_raise_the_success_on_held_out_questions():
 
     def answers(problems, count, generator):
         questions = [make_question(countdown_task, problem, tokenizer) for problem in problems]
-        return rollout(model, tokenizer, questions, num_answers=count, max_gen_len=MAX_GEN_LEN, temperature=1.0,
-                       reward_function=countdown_task.reward_function, generator=generator)  # fmt: skip
+        return rollout(
+            model,
+            tokenizer,
+            questions,
+            num_answers=count,
+            max_gen_len=MAX_GEN_LEN,
+            temperature=1.0,
+            reward_function=countdown_task.reward_function,
+            generator=generator,
+        )
 
     before = answers(test[:HELD_OUT], SAMPLES, seeded_generator(1, "evaluation"))
     for step in range(STEPS):
         problems = [training[i] for i in range(step * QUESTIONS, (step + 1) * QUESTIONS)]
         stats = update_policy(
-            model, optimizer, answers(problems, ANSWERS, seeded_generator(1, "rollout", step)), max_grad_norm=1.0,
-            skip_unfinished=False, vocab_size=tokenizer.vocab_size, micro_batch_tokens=2048,
-        )  # fmt: skip
-        assert stats.logprob_diff_max < 1e-3, "the trainer scores another policy than the one that sampled"
+            model,
+            optimizer,
+            answers(problems, ANSWERS, seeded_generator(1, "rollout", step)),
+            max_grad_norm=1.0,
+            skip_unfinished=False,
+            vocab_size=tokenizer.vocab_size,
+            micro_batch_tokens=2048,
+        )
+        assert stats.logprob_diff_max < 1e-3, (
+            "the trainer scores another policy than the one that sampled"
+        )
     after = answers(test[:HELD_OUT], SAMPLES, seeded_generator(1, "evaluation"))
     comparison = compare_models(before, after)
     assert comparison["difference"] > 0.12, comparison

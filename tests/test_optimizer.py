@@ -18,19 +18,26 @@ SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 def random_params(dtype=torch.float32, device="cpu", scale=1.0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter((scale * torch.randn(s, generator=generator)).to(device, dtype)) for s in SHAPES]
+    return [
+        nn.Parameter((scale * torch.randn(s, generator=generator)).to(device, dtype))
+        for s in SHAPES
+    ]
 
 
 def random_grads(step: int, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return [(10.0 ** (step % 3) * torch.randn(s, generator=generator)).to(device, dtype) for s in SHAPES]
+    return [
+        (10.0 ** (step % 3) * torch.randn(s, generator=generator)).to(device, dtype) for s in SHAPES
+    ]
 
 
 def take_steps(optimizer, params, steps, dtype=None):
     """Gradients are rounded to bf16 where dtype says so, so that bf16 and float32 parameters can be fed the same."""
     results = []
     for step in steps:
-        for p, g in zip(params, random_grads(step, dtype or params[0].dtype, params[0].device), strict=True):
+        for p, g in zip(
+            params, random_grads(step, dtype or params[0].dtype, params[0].device), strict=True
+        ):
             p.grad = g.to(p.dtype)
         results.append(optimizer.step())
         optimizer.zero_grad()
@@ -81,7 +88,10 @@ def test_bf16_master_follows_float32_torch_bit_for_bit():
         take_steps(reference, theirs, [step], torch.bfloat16)
         assert_equal(masters(optimizer), [p.detach() for p in theirs])
         for weight, master in zip(ours, theirs, strict=True):
-            down, up = (torch.nextafter(weight.detach(), weight.new_tensor(end)) for end in (-torch.inf, torch.inf))
+            down, up = (
+                torch.nextafter(weight.detach(), weight.new_tensor(end))
+                for end in (-torch.inf, torch.inf)
+            )
             distance = (weight.float() - master).abs()
             assert (distance <= (down.float() - master).abs()).all()
             assert (distance <= (up.float() - master).abs()).all()
@@ -92,7 +102,10 @@ def test_small_steps_survive_bf16():
     ours, plain = random_params(torch.bfloat16), random_params(torch.bfloat16)
     exact = [nn.Parameter(p.detach().float()) for p in ours]
     start = [p.detach().clone() for p in ours]
-    optimizer, others = AdamW(ours, lr=1e-6), [torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0) for p in (plain, exact)]
+    optimizer, others = (
+        AdamW(ours, lr=1e-6),
+        [torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0) for p in (plain, exact)],
+    )
     for _ in range(300):
         for params, stepper in ((ours, optimizer), (plain, others[0]), (exact, others[1])):
             for p in params:
@@ -100,18 +113,27 @@ def test_small_steps_survive_bf16():
             stepper.step()
     for master, p, e, s in zip(masters(optimizer), plain, exact, start, strict=True):
         assert torch.equal(p[s.abs() > 1e-3], s[s.abs() > 1e-3])  # plain bf16 stays where it was
-        torch.testing.assert_close(master, s.float() - 3e-4, rtol=1e-4, atol=2e-6)  # 300 steps of 1e-6, in the right direction
+        torch.testing.assert_close(
+            master, s.float() - 3e-4, rtol=1e-4, atol=2e-6
+        )  # 300 steps of 1e-6, in the right direction
         torch.testing.assert_close(master, e.detach(), rtol=0, atol=0)
     moved = torch.cat([(p != s).flatten() for p, s in zip(ours, start, strict=True)])
-    assert moved.float().mean() > 0.05  # where 3e-4 is more than a unit in the last place, the stored weight followed
+    assert (
+        moved.float().mean() > 0.05
+    )  # where 3e-4 is more than a unit in the last place, the stored weight followed
 
 
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False).filter(lambda x: abs(x) < 3.38e38)  # bf16 ends at 3.39e38
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False).filter(
+    lambda x: abs(x) < 3.38e38
+)  # bf16 ends at 3.39e38
 edges = st.builds(
-    lambda exponent, fraction, sign: struct.unpack("f", struct.pack("I", sign << 31 | exponent << 23 | fraction))[0],
-    st.integers(0, 253), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x10000, 0x7F7FFF, 0x7F8000, 0x7FFFFF]),
+    lambda exponent, fraction, sign: struct.unpack(
+        "f", struct.pack("I", sign << 31 | exponent << 23 | fraction)
+    )[0],
+    st.integers(0, 253),
+    st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x10000, 0x7F7FFF, 0x7F8000, 0x7FFFFF]),
     st.integers(0, 1),
-)  # fmt: skip
+)
 
 
 @given(st.lists(st.one_of(finite, edges), min_size=1, max_size=29))
@@ -121,8 +143,12 @@ def test_split_and_join_are_exact_and_round_to_nearest(values):
     weight, low = split_bits(master)
     assert (weight.dtype, low.dtype) == (torch.bfloat16, torch.int16)
     assert torch.equal(join_bits(weight, low).view(torch.int32), master.view(torch.int32))
-    tie = (master.view(torch.int32) & 0xFFFF) == 0x8000  # torch rounds a tie to even, we away from 0: both are nearest
-    distance, wanted = ((rounded.double() - master.double()).abs() for rounded in (weight, master.bfloat16()))
+    tie = (
+        master.view(torch.int32) & 0xFFFF
+    ) == 0x8000  # torch rounds a tie to even, we away from 0: both are nearest
+    distance, wanted = (
+        (rounded.double() - master.double()).abs() for rounded in (weight, master.bfloat16())
+    )
     assert torch.equal(distance, wanted)
     assert torch.equal(weight[~tie], master.bfloat16()[~tie])
 
@@ -159,7 +185,10 @@ def test_a_weight_that_becomes_nan_has_changed(dtype):
 
 def test_a_gradient_that_is_not_contiguous_is_read_in_order():
     ours, theirs = random_params(), random_params()
-    for params, optimizer in ((ours, AdamW(ours, **SETTINGS)), (theirs, torch.optim.AdamW(theirs, **SETTINGS))):
+    for params, optimizer in (
+        (ours, AdamW(ours, **SETTINGS)),
+        (theirs, torch.optim.AdamW(theirs, **SETTINGS)),
+    ):
         for p, g in zip(params, random_grads(0), strict=True):
             p.grad = g.flip(0).transpose(0, -1).contiguous().transpose(0, -1)
         optimizer.step()
@@ -208,7 +237,10 @@ def test_share_of_changed_weights_in_bf16_by_hand():
     weights.grad = None
     assert optimizer.step() == (0.25, 0.5)
     optimizer.lr = 0.0
-    assert optimizer.step() == (0.0, 0.0)  # though the first master lies between two bf16 values by now
+    assert optimizer.step() == (
+        0.0,
+        0.0,
+    )  # though the first master lies between two bf16 values by now
 
 
 # --- state
@@ -233,7 +265,9 @@ def test_state_dict_round_trip_continues_unbroken(dtype, tmp_path):
 @pytest.mark.parametrize("change", ["dtype", "size", "missing"])
 def test_the_state_of_another_model_is_refused(change):
     # Catches: the comparison of shapes dropped: copy_ would broadcast a state of one weight over all.
-    saved = AdamW(random_params(torch.bfloat16 if change == "dtype" else torch.float32), lr=1.0).state_dict()
+    saved = AdamW(
+        random_params(torch.bfloat16 if change == "dtype" else torch.float32), lr=1.0
+    ).state_dict()
     if change == "size":
         saved["exp_avg"] = torch.zeros(1)
     if change == "missing":
@@ -254,7 +288,9 @@ def test_mixed_or_unknown_dtypes_are_refused():
 def test_bytes_per_weight_are_those_of_the_state(dtype):
     params = random_params(dtype)
     state = AdamW(params, lr=1.0).state.values()
-    places = sum(-(-p.numel() // 64) * 64 for p in params)  # every parameter begins at a multiple of 64
+    places = sum(
+        -(-p.numel() // 64) * 64 for p in params
+    )  # every parameter begins at a multiple of 64
     assert sum(t.nbytes for t in state) == AdamW.state_bytes_per_weight(dtype) * places
 
 
@@ -273,7 +309,9 @@ def test_offload_changes_nothing_on_a_cpu():
 @pytest.mark.parametrize("piece", [5, 2**23])
 def test_offload_changes_nothing_on_cuda(piece, dtype, monkeypatch):
     # Would catch: `down.wait_event(...)` dropped, so that a piece is written back before it is computed.
-    monkeypatch.setitem(module.PIECE, "cuda", piece)  # 5: dozens of pieces are in transit one after another
+    monkeypatch.setitem(
+        module.PIECE, "cuda", piece
+    )  # 5: dozens of pieces are in transit one after another
     ours, offloaded = random_params(dtype, "cuda"), random_params(dtype, "cuda")
     resident, streamed = AdamW(ours, **SETTINGS), AdamW(offloaded, **SETTINGS, offload=True)
     assert take_steps(resident, ours, range(5)) == take_steps(streamed, offloaded, range(5))

@@ -31,7 +31,9 @@ def make_batch(groups: list[tuple[int, list[int]]]) -> list[tuple[Episode, float
 
 GROUPS = [(7, [3, 5, 1]), (1, [11, 2]), (13, [4])]
 lengths = st.integers(1, 17)
-groups = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)), min_size=1, max_size=5)
+groups = st.lists(
+    st.tuples(lengths, st.lists(lengths, min_size=1, max_size=5)), min_size=1, max_size=5
+)
 
 
 @settings(deadline=None)
@@ -48,7 +50,11 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
         assert sum(r.length for r in row.segments) == len(tokens) == len(positions)
         assert len(tokens) == len(set(tokens))  # no prompt twice within a row
         for source, target, advantage, logprob in zip(
-            row.sources_P.tolist(), row.targets_P.tolist(), row.advantages_P.tolist(), row.sampler_logprobs_P.tolist(), strict=True
+            row.sources_P.tolist(),
+            row.targets_P.tolist(),
+            row.advantages_P.tolist(),
+            row.sampler_logprobs_P.tolist(),
+            strict=True,
         ):
             scored[target] += 1
             e, n, wanted = by_token[target]
@@ -61,8 +67,12 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
             assert positions[tokens.index(target)] == len(e.prompt_token_ids) + n
             start = tokens.index(e.prompt_token_ids[0])
             assert tokens[start : start + len(e.prompt_token_ids)] == e.prompt_token_ids
-            assert positions[start : start + len(e.prompt_token_ids)] == list(range(len(e.prompt_token_ids)))
-        assert len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.segments) == 1
+            assert positions[start : start + len(e.prompt_token_ids)] == list(
+                range(len(e.prompt_token_ids))
+            )
+        assert (
+            len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.segments) == 1
+        )
     assert scored == Counter(by_token.keys())
 
 
@@ -76,7 +86,12 @@ def test_one_row_is_laid_out_as_the_picture_shows():
     assert row.targets_P.tolist() == [3, 4, 5, 6, 7, 8, 11]
     assert row.advantages_P.tolist() == [1, 1, 2, 2, 2, 2, 3]
     assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in row.segments] == [
-        (0, 3, 0, 0), (3, 2, 0, 3), (5, 4, 0, 3), (9, 2, 9, 0), (11, 1, 9, 2)]  # fmt: skip
+        (0, 3, 0, 0),
+        (3, 2, 0, 3),
+        (5, 4, 0, 3),
+        (9, 2, 9, 0),
+        (11, 1, 9, 2),
+    ]
 
 
 def test_rows_are_about_equally_long():
@@ -106,13 +121,18 @@ def dense_attention(q_1HSD, k_1KSD, v_1KSD, visible_SS):
 
 def random_qkv(tokens: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(1, heads, tokens, D, generator=generator, dtype=torch.float64) for heads in (H, K, K)]
+    return [
+        torch.randn(1, heads, tokens, D, generator=generator, dtype=torch.float64)
+        for heads in (H, K, K)
+    ]
 
 
 def assert_same_attention(attend, row, episodes):
     S = len(row.tokens_S)
     qkv = [t.requires_grad_() for t in random_qkv(S)]
-    weights_1HSD = torch.randn(1, H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights_1HSD = torch.randn(
+        1, H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     wanted_1HSD, got_1HSD = dense_attention(*qkv, visible_SS(row, episodes)), attend(0, *qkv)
     torch.testing.assert_close(got_1HSD, wanted_1HSD, rtol=1e-6, atol=1e-6)
     wanted = torch.autograd.grad((wanted_1HSD * weights_1HSD).sum(), qkv)
@@ -128,7 +148,9 @@ def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens
     # `repeat_interleave`; every answer given the row's first prompt.
     answers = make_batch(groups)
     for row in pack_rows(answers, micro_batch_tokens):
-        assert_same_attention(attend_within(row, SHAPE, torch.float64), row, [e for e, _ in answers])
+        assert_same_attention(
+            attend_within(row, SHAPE, torch.float64), row, [e for e, _ in answers]
+        )
 
 
 @torch.no_grad()
@@ -138,18 +160,23 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
     model = random_model()
     prompts = [random_tokens(n, seed=n).tolist() for n in (5, 1, 11)]
     episodes = [
-        episode(q, prompts[q], random_tokens(n, seed=50 + n).tolist(), 0.0) for q, n in [(0, 3), (1, 7), (0, 13), (2, 2), (1, 1)]
+        episode(q, prompts[q], random_tokens(n, seed=50 + n).tolist(), 0.0)
+        for q, n in [(0, 3), (1, 7), (0, 13), (2, 2), (1, 1)]
     ]
     got = {}
     for row in pack_rows([(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens):
         attend = attend_within(row, model.config, torch.float32)
-        logits_SV = model.logits(model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0])
+        logits_SV = model.logits(
+            model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0]
+        )
         for i in range(5):
             mine_P = row.advantages_P == i
             if mine_P.any():
                 got[i] = logits_SV[row.sources_P[mine_P]]
     for i, e in enumerate(episodes):
-        wanted = model(torch.tensor([e.prompt_token_ids + e.response_token_ids]))[0, len(e.prompt_token_ids) - 1 : -1]
+        wanted = model(torch.tensor([e.prompt_token_ids + e.response_token_ids]))[
+            0, len(e.prompt_token_ids) - 1 : -1
+        ]
         torch.testing.assert_close(got[i], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -159,9 +186,13 @@ def test_attention_on_cuda_equals_the_cpus():
     answers = make_batch([(131, [40, 90]), (5, [7])])
     (row,) = pack_rows(answers, 999)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K))
+    q, k, v = (
+        torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K)
+    )
     wanted = attend_within(row, SHAPE, torch.float32)(0, q, k, v)
-    got = attend_within(row.to(torch.device("cuda")), SHAPE, torch.float32)(0, q.cuda(), k.cuda(), v.cuda())
+    got = attend_within(row.to(torch.device("cuda")), SHAPE, torch.float32)(
+        0, q.cuda(), k.cuda(), v.cuda()
+    )
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -170,7 +201,10 @@ def test_keys_come_in_multiples_that_kernels_read_without_copying():
     answers = make_batch(GROUPS)
     (row,) = pack_rows(answers, 999)
     keys = []
-    with patch("packing.F.scaled_dot_product_attention", lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q):
+    with patch(
+        "packing.F.scaled_dot_product_attention",
+        lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q,
+    ):
         attend_within(row, SHAPE, torch.float64)(0, *random_qkv(len(row.tokens_S)))
     assert keys
     assert all(count % 16 == 0 for count in keys)
@@ -182,5 +216,7 @@ def test_rows_of_several_processes_are_even_shares(processes):
     episodes = [episode(q, [1] * 140, [2] * 32, 0.0) for q in range(8) for _ in range(16)]
     sizes = [len(row.tokens_S) for row in pack_rows([(e, 1.0) for e in episodes], 1024, processes)]
     assert max(sizes) <= 1024
-    shares = [sum(sizes[rank::processes]) for rank in range(processes)]  # as update_policy divides them
+    shares = [
+        sum(sizes[rank::processes]) for rank in range(processes)
+    ]  # as update_policy divides them
     assert max(shares) < 1.08 * sum(shares) / processes

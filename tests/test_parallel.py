@@ -32,8 +32,13 @@ def _one_of_several(work, rank: int, size: int, port: int, results) -> None:
     from harness.parallel import Processes
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-                   "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     processes = Processes()
     results.put((rank, work(processes)))
     processes.share([])  # the first holds the store
@@ -46,7 +51,10 @@ def in_processes(size: int, work) -> list:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     results = CONTEXT.Queue()
-    started = [CONTEXT.Process(target=_one_of_several, args=(work, rank, size, port, results)) for rank in range(size)]
+    started = [
+        CONTEXT.Process(target=_one_of_several, args=(work, rank, size, port, results))
+        for rank in range(size)
+    ]
     for process in started:
         process.start()
     found = dict(results.get(timeout=60) for _ in started)
@@ -72,19 +80,36 @@ def a_step(processes, *, spoiled: int | None = None) -> dict:
     for step in range(2):
         seed = 100 * step
         episodes = [
-            episode(q, random_tokens(5 + q, seed=q).tolist(), random_tokens(3 + 7 * j + q, seed=seed + 10 * q + j).tolist(), j)
-            for q in range(5) for j in range(3)
-        ]  # fmt: skip
+            episode(
+                q,
+                random_tokens(5 + q, seed=q).tolist(),
+                random_tokens(3 + 7 * j + q, seed=seed + 10 * q + j).tolist(),
+                j,
+            )
+            for q in range(5)
+            for j in range(3)
+        ]
         if spoiled == processes.rank:
             watch.advance = lambda amount, **counts: next(model.parameters()).grad.fill_(torch.nan)
-        stats.append(update_policy(model, optimizer, episodes, max_grad_norm=0.5, skip_unfinished=False, micro_batch_tokens=60,
-                                   watch=watch))  # fmt: skip
+        stats.append(
+            update_policy(
+                model,
+                optimizer,
+                episodes,
+                max_grad_norm=0.5,
+                skip_unfinished=False,
+                micro_batch_tokens=60,
+                watch=watch,
+            )
+        )
     return {
-        "weights": flat_weights(model.parameters()).tolist(), "grad_norm": [s.grad_norm for s in stats],
+        "weights": flat_weights(model.parameters()).tolist(),
+        "grad_norm": [s.grad_norm for s in stats],
         "stats": [(s.loss, s.num_tokens, s.logprob_diff_mean, s.logprob_diff_max) for s in stats],
-        "changed": [s.weights_changed for s in stats], "skipped": [s.skipped for s in stats],
+        "changed": [s.weights_changed for s in stats],
+        "skipped": [s.skipped for s in stats],
         "state": sum(t.nbytes for t in optimizer.state.values()),
-    }  # fmt: skip
+    }
 
 
 def nan_in_the_last(processes) -> dict:
@@ -117,8 +142,14 @@ def test_nan_in_one_gradient_stops_the_step_of_all():
 
 def drawn(processes) -> list:
     prompts = [random_tokens(4 + i, seed=i).tolist() for i in range(5)]
-    samples = generate(random_model(), prompts, Sampling(23, 1.0, 97, frozenset({2, 3})), num_answers=3,
-                       generator=torch.Generator().manual_seed(1), watch=Shared(processes))  # fmt: skip
+    samples = generate(
+        random_model(),
+        prompts,
+        Sampling(23, 1.0, 97, frozenset({2, 3})),
+        num_answers=3,
+        generator=torch.Generator().manual_seed(1),
+        watch=Shared(processes),
+    )
     return processes.share([sample.token_ids for sample in samples])
 
 
@@ -144,7 +175,9 @@ def test_one_process_has_no_other(monkeypatch):
     source = "import train; from torch import distributed as d; train.main(['--plan', '--config', 'config_tiny.yaml']); "
     source += "assert not d.is_initialized()"
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, env=environment, check=True, capture_output=True
+    )
     flat = torch.arange(7.0)
     assert ALONE.reduce_scatter(flat, [slice(0, 7)]) is flat
     assert flat_gradient(random_model().parameters()).count_nonzero() == 0
@@ -173,18 +206,50 @@ def test_a_plan_for_several_cards_divides_what_they_share():
 # ---------------------------------------------------------------- whole runs, by the launcher
 
 SMALL = [
-    "training.batch_size=12", "training.num_questions_per_batch=4", "training.max_gen_len=24", "training.max_steps=6",
-    "training.eval_interval=3", "training.ckpt_save_interval=2", "training.micro_batch_tokens=300",
-    "training.skip_unfinished_episodes=false", "data.test_size=5", "task=tests.letters_task",
-]  # fmt: skip
+    "training.batch_size=12",
+    "training.num_questions_per_batch=4",
+    "training.max_gen_len=24",
+    "training.max_steps=6",
+    "training.eval_interval=3",
+    "training.ckpt_save_interval=2",
+    "training.micro_batch_tokens=300",
+    "training.skip_unfinished_episodes=false",
+    "data.test_size=5",
+    "task=tests.letters_task",
+]
 RESUME = "--resume"
 
 
-def launch(size: int, directory: Path, model: Path, *arguments: str, options=(), **environment: str) -> subprocess.Popen:
-    train = ["train.py", "--config", "config_tiny.yaml", f"output_dir={directory}", f"model.path={model}", *SMALL, *arguments]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *options, *train]
+def launch(
+    size: int, directory: Path, model: Path, *arguments: str, options=(), **environment: str
+) -> subprocess.Popen:
+    train = [
+        "train.py",
+        "--config",
+        "config_tiny.yaml",
+        f"output_dir={directory}",
+        f"model.path={model}",
+        *SMALL,
+        *arguments,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(size),
+        *options,
+        *train,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def output_of(process: subprocess.Popen, *, code: int | None = 0) -> str:
@@ -201,8 +266,10 @@ def weights_and_state(directory: Path) -> list:
     from safetensors.torch import load_file
 
     path = directory / "checkpoints/step-000006"
-    return [torch.cat([t.flatten() for _, t in sorted(load_file(path / "model.safetensors").items())]),
-            *(read_checkpoint(path)[1][name] for name in ("exp_avg", "exp_avg_sq"))]  # fmt: skip
+    return [
+        torch.cat([t.flatten() for _, t in sorted(load_file(path / "model.safetensors").items())]),
+        *(read_checkpoint(path)[1][name] for name in ("exp_avg", "exp_avg_sq")),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +283,13 @@ def assert_close(directory: Path, reference: Path) -> None:
     for ours, theirs in zip(metrics(directory), metrics(reference), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), (name, ours["step"])
-    for ours, theirs in zip(weights_and_state(directory), weights_and_state(reference), strict=True):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), (
+                name,
+                ours["step"],
+            )
+    for ours, theirs in zip(
+        weights_and_state(directory), weights_and_state(reference), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -239,7 +311,9 @@ def test_a_run_goes_on_with_another_number_of_processes(base_model, alone, tmp_p
     ours = [m for m in metrics(tmp_path / "run") if "loss" in m]
     theirs = [m for m in metrics(alone) if "loss" in m]
     assert [m["reward"] for m in ours] == pytest.approx([m["reward"] for m in theirs], abs=1e-6)
-    for mine, other in zip(weights_and_state(tmp_path / "run"), weights_and_state(alone), strict=True):
+    for mine, other in zip(
+        weights_and_state(tmp_path / "run"), weights_and_state(alone), strict=True
+    ):
         assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5)
 
 
@@ -248,7 +322,9 @@ def test_a_run_of_two_resumes_to_the_bit(base_model, tmp_path):
     output_of(launch(2, tmp_path / "unbroken", base_model))
     for steps in (2, 4, 6):  # at an end there is one evaluation more
         output_of(launch(2, tmp_path / "run", base_model, f"training.max_steps={steps}", RESUME))
-    for mine, other in zip(weights_and_state(tmp_path / "run"), weights_and_state(tmp_path / "unbroken"), strict=True):
+    for mine, other in zip(
+        weights_and_state(tmp_path / "run"), weights_and_state(tmp_path / "unbroken"), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
@@ -300,17 +376,31 @@ def own_lines(output: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "who", "said"), [
-    ("kill", 1, "error: rank 1 died without a word"), ("kill", 0, "error: rank 0 died without a word"),
-    ("raise", 1, "rank 1: error: the reward function raised RuntimeError('planted')"),
-    ("term", 1, "rank 1: interrupted"), ("launcher", 0, "interrupted"), ("memory", 1, "memory is full in the update"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "who", "said"),
+    [
+        ("kill", 1, "error: rank 1 died without a word"),
+        ("kill", 0, "error: rank 0 died without a word"),
+        ("raise", 1, "rank 1: error: the reward function raised RuntimeError('planted')"),
+        ("term", 1, "rank 1: interrupted"),
+        ("launcher", 0, "interrupted"),
+        ("memory", 1, "memory is full in the update"),
+    ],
+)
 def test_what_ends_one_process_ends_all_with_one_message(what, who, said, base_model, tmp_path):
     # Catches: a process that fails without telling (the others wait for half an hour); each telling for itself.
     (tmp_path / "trouble_task.py").write_text(TROUBLE)
-    environment = {"WHAT": what, "WHO": str(who), "ONCE": str(tmp_path / "once"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    environment = {
+        "WHAT": what,
+        "WHO": str(who),
+        "ONCE": str(tmp_path / "once"),
+        "PYTHONPATH": f"{ROOT}:{tmp_path}",
+    }
     arguments = ["task=trouble_task", "training.ckpt_save_interval=1"]
-    process, clock = launch(2, tmp_path / "run", base_model, *arguments, **environment), time.monotonic()
+    process, clock = (
+        launch(2, tmp_path / "run", base_model, *arguments, **environment),
+        time.monotonic(),
+    )
     while not (tmp_path / "once").exists():
         time.sleep(0.05)
         assert time.monotonic() - clock < 60
@@ -333,18 +423,41 @@ def test_a_log_that_the_first_process_cannot_open_ends_all_with_one_message(base
     output = output_of(launch(2, tmp_path / "run", base_model), code=None)
     assert len(told := own_lines(output)) == 1, output
     assert "metrics.jsonl" in told[0]
-    assert set(re.findall(r"exitcode *: (-?\d+)", output)) <= {"2", "-15"}, output  # the launcher ends who is slower
+    assert set(re.findall(r"exitcode *: (-?\d+)", output)) <= {"2", "-15"}, (
+        output
+    )  # the launcher ends who is slower
 
 
 @pytest.mark.slow
 def test_the_launcher_starts_again_and_the_run_is_the_same(base_model, tmp_path):
     # Catches: --resume that refuses where there is no run yet.
     (tmp_path / "trouble_task.py").write_text(TROUBLE)
-    environment = {"WHAT": "kill", "WHO": "1", "ONCE": str(tmp_path / "once"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    environment = {
+        "WHAT": "kill",
+        "WHO": "1",
+        "ONCE": str(tmp_path / "once"),
+        "PYTHONPATH": f"{ROOT}:{tmp_path}",
+    }
     for name in ("killed", "unbroken"):  # in the second the trouble has been
-        output = output_of(launch(2, tmp_path / name, base_model, "task=trouble_task", "training.ckpt_save_interval=1", RESUME,
-                                  options=["--max-restarts", "1"], **environment))  # fmt: skip
+        output = output_of(
+            launch(
+                2,
+                tmp_path / name,
+                base_model,
+                "task=trouble_task",
+                "training.ckpt_save_interval=1",
+                RESUME,
+                options=["--max-restarts", "1"],
+                **environment,
+            )
+        )
         assert "holds no run yet: starting one" in output
-    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "unbroken/metrics.jsonl").read_bytes()
-    for mine, other in zip(weights_and_state(tmp_path / "killed"), weights_and_state(tmp_path / "unbroken"), strict=True):
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (
+        tmp_path / "unbroken/metrics.jsonl"
+    ).read_bytes()
+    for mine, other in zip(
+        weights_and_state(tmp_path / "killed"),
+        weights_and_state(tmp_path / "unbroken"),
+        strict=True,
+    ):
         assert torch.equal(mine, other)

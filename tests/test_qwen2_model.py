@@ -19,7 +19,9 @@ TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def new_cache(model: Transformer, rows: int, max_len: int) -> KVCache:
-    return KVCache(model.config, batch_size=rows, max_len=max_len, device="cpu", dtype=torch.float32)
+    return KVCache(
+        model.config, batch_size=rows, max_len=max_len, device="cpu", dtype=torch.float32
+    )
 
 
 def assert_close(got, wanted, tolerance=1e-4):
@@ -48,7 +50,10 @@ def test_gradients_equal_transformers(tied):
     # Catches: `x_BSE = x_BSE + self.self_attn(...)` with x_BSE.detach() in the branch.
     model = random_model(tied=tied)
     reference = reference_model(model)
-    tokens_BT, weights_BTV = random_tokens(2, 13), torch.randn(2, 13, 101, generator=torch.Generator().manual_seed(5))
+    tokens_BT, weights_BTV = (
+        random_tokens(2, 13),
+        torch.randn(2, 13, 101, generator=torch.Generator().manual_seed(5)),
+    )
     (model(tokens_BT) * weights_BTV).sum().backward()
     (reference(tokens_BT).logits * weights_BTV).sum().backward()
     wanted = dict(reference.named_parameters())
@@ -85,9 +90,13 @@ def test_checkpointed_layers_give_the_same_gradients(layers):
     gradients = []
     for checkpointed in (0, layers):
         model.zero_grad()
-        hidden_BSE = model.hidden_states(tokens_BS, positions_BS, qwen2_model.attend_causally, checkpoint_layers=checkpointed)
+        hidden_BSE = model.hidden_states(
+            tokens_BS, positions_BS, qwen2_model.attend_causally, checkpoint_layers=checkpointed
+        )
         hidden_BSE.square().sum().backward()
-        gradients.append([p.grad.clone() for n, p in model.named_parameters() if n != "lm_head.weight"])
+        gradients.append(
+            [p.grad.clone() for n, p in model.named_parameters() if n != "lm_head.weight"]
+        )
     for plain, checkpointed in zip(*gradients, strict=True):
         assert_close(checkpointed, plain, 1e-6)
 
@@ -163,7 +172,9 @@ def test_a_full_cache_says_what_it_needs():
     cache = new_cache(model, 2, 7)
     with torch.no_grad():
         model.next_token_logits(random_tokens(2, 5), cache)
-        with pytest.raises(ValueError, match=r"holds 7 tokens a row, 5 are used and 3 more .* max_len=8"):
+        with pytest.raises(
+            ValueError, match=r"holds 7 tokens a row, 5 are used and 3 more .* max_len=8"
+        ):
             model.next_token_logits(random_tokens(2, 3), cache)
         model.next_token_logits(random_tokens(2, 2), cache)  # what fits still goes in
 
@@ -196,7 +207,9 @@ def test_what_we_save_loads_in_transformers_and_here(tied, shard_bytes, tmp_path
     monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", shard_bytes)
     model = random_model(tied=tied)
     model.save_pretrained(tmp_path / "model")
-    reference, report = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
+    reference, report = Qwen2ForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     tokens_BT = random_tokens(2, 23)
@@ -213,8 +226,11 @@ def test_shards_are_as_large_as_allowed_and_all_in_the_index(tmp_path, monkeypat
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     assert set(index["weight_map"]) == {n for n, _ in model.named_parameters()}
-    assert sorted(set(index["weight_map"].values())) == files == [f"model-{i:05d}-of-{len(files):05d}.safetensors"
-                                                                  for i in range(1, len(files) + 1)]
+    assert (
+        sorted(set(index["weight_map"].values()))
+        == files
+        == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    )
     for file in files:
         assert sum(t.nbytes for t in load_file(tmp_path / file).values()) <= 30_000
     assert len(files) < 12  # of 38 tensors
@@ -237,7 +253,12 @@ def test_dtype_is_kept_in_the_saved_files_and_config(tmp_path):
 
     random_model().bfloat16().save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
-    assert Transformer.from_pretrained(tmp_path, device="cpu", dtype=torch.float32).head_weight_VE.dtype == torch.float32
+    assert (
+        Transformer.from_pretrained(
+            tmp_path, device="cpu", dtype=torch.float32
+        ).head_weight_VE.dtype
+        == torch.float32
+    )
 
 
 def test_a_tied_checkpoint_may_store_its_embedding_twice(tmp_path):
@@ -245,19 +266,33 @@ def test_a_tied_checkpoint_may_store_its_embedding_twice(tmp_path):
     model = random_model(tied=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     assert_same_logits(tmp_path, model)
 
 
 # --- weights packed for decoding
 
 
-@pytest.mark.parametrize("dtype", [
-    pytest.param(dtype, marks=pytest.mark.skipif(not cpu.packs_for_decoding("cpu", dtype), reason=f"no oneDNN for {dtype} here"))
-    for dtype in (torch.float32, torch.bfloat16)
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            dtype,
+            marks=pytest.mark.skipif(
+                not cpu.packs_for_decoding("cpu", dtype), reason=f"no oneDNN for {dtype} here"
+            ),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    ids=str,
+)
 @TIED
-def test_packed_weights_give_the_same_logits_and_do_not_outlive_their_rollout(tied, dtype, monkeypatch):
+def test_packed_weights_give_the_same_logits_and_do_not_outlive_their_rollout(
+    tied, dtype, monkeypatch
+):
     # Catches: the bias not handed on; the head left out, or packed twice (`model.model.modules()` -> `model.modules()`); `pop` at
     # the end dropped, which would decode with the weights of the step before; `torch.is_grad_enabled()` dropped, which would
     # lose the gradient.
@@ -267,14 +302,21 @@ def test_packed_weights_give_the_same_logits_and_do_not_outlive_their_rollout(ti
     with torch.no_grad():
         plain_BTV = model(tokens_BT)
         with cpu.packed_for_decoding(model, 2):
-            packed = [name for module in model.modules() for name in ("forward", "logits") if name in vars(module)]
+            packed = [
+                name
+                for module in model.modules()
+                for name in ("forward", "logits")
+                if name in vars(module)
+            ]
             assert len(packed) == 7 * CONFIG.num_hidden_layers + 1
             packed_BTV = model(tokens_BT)
             with torch.enable_grad():
                 model(tokens_BT).sum().backward()
             assert all(parameter.grad is not None for parameter in model.parameters())
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(packed_BTV, plain_BTV, rtol=tolerance, atol=tolerance * float(plain_BTV.std()))
+    torch.testing.assert_close(
+        packed_BTV, plain_BTV, rtol=tolerance, atol=tolerance * float(plain_BTV.std())
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -307,11 +349,22 @@ def load_error(directory, kind=ValueError) -> str:
 
 def published(**changes) -> dict:
     """A config.json as transformers 4 wrote it; None removes a key."""
-    raw = asdict(CONFIG) | {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
-        "sliding_window": 131072, "max_window_layers": 28, "use_sliding_window": False, "torch_dtype": "bfloat16",
-        "use_cache": True, "transformers_version": "4.43.1",
-    } | changes  # fmt: skip
+    raw = (
+        asdict(CONFIG)
+        | {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "sliding_window": 131072,
+            "max_window_layers": 28,
+            "use_sliding_window": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "transformers_version": "4.43.1",
+        }
+        | changes
+    )
     return {k: v for k, v in raw.items() if v is not None}
 
 
@@ -328,7 +381,13 @@ NEW_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "
     "changes",
     [
         {},
-        NEW_ROPE | {"torch_dtype": None, "dtype": "bfloat16", "layer_types": ["full_attention"] * 3, "sliding_window": None},
+        NEW_ROPE
+        | {
+            "torch_dtype": None,
+            "dtype": "bfloat16",
+            "layer_types": ["full_attention"] * 3,
+            "sliding_window": None,
+        },
         {"rope_scaling": {"type": "default"}},
         {"head_dim": 6},
     ],
@@ -341,7 +400,9 @@ def test_both_spellings_of_the_config_are_read(changes, tmp_path):
 
 def test_defaults_that_published_configs_rely_on(tmp_path):
     # Catches: tie_word_embeddings defaulting to True (72B leaves it out of some files).
-    config = read(tmp_path, published(tie_word_embeddings=None, num_key_value_heads=None, eos_token_id=None))
+    config = read(
+        tmp_path, published(tie_word_embeddings=None, num_key_value_heads=None, eos_token_id=None)
+    )
     assert config.tie_word_embeddings is False
     assert config.num_key_value_heads == CONFIG.num_attention_heads
     assert config.eos_token_id is None
@@ -354,13 +415,28 @@ def test_defaults_that_published_configs_rely_on(tmp_path):
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling={'type': 'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling={'rope_type': 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling={'rope_type': 'linear'",
+        ),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling={'factor': 4.0}"),
         (NEW_ROPE | {"rope_parameters": YARN}, "rope_parameters={'rope_type': 'yarn'"),
-        (NEW_ROPE | {"rope_parameters": {"full_attention": YARN}}, "rope_parameters={'full_attention'"),
-        (NEW_ROPE | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types=['full_attention', "),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures=['Qwen2ForSequenceClassification']"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config={'quant_method': 'gptq'"),
+        (
+            NEW_ROPE | {"rope_parameters": {"full_attention": YARN}},
+            "rope_parameters={'full_attention'",
+        ),
+        (
+            NEW_ROPE | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types=['full_attention', ",
+        ),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"]},
+            "architectures=['Qwen2ForSequenceClassification']",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config={'quant_method': 'gptq'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"head_dim": 8}, "head_dim=8"),
         ({"hidden_size": None, "rms_norm_eps": None}, "lacks hidden_size, rms_norm_eps; "),
@@ -387,7 +463,12 @@ def test_a_config_that_is_missing_or_damaged_is_named(tmp_path):
 NO_NUMBER = ["1e-6", [1e-6], {}, True, math.nan, math.inf, -1.0, 0, 0.0]
 NO_SIZE = ["5", [5], 5.0, True, 0, -5, 10**30]
 DAMAGED = {
-    "num_attention_heads": [*NO_SIZE, 7, 20, 120],  # of 60 / 20 = 3, an odd head size, half of the rotation has no partner
+    "num_attention_heads": [
+        *NO_SIZE,
+        7,
+        20,
+        120,
+    ],  # of 60 / 20 = 3, an odd head size, half of the rotation has no partner
     "num_key_value_heads": [*NO_SIZE, 3, 20],
     "rms_norm_eps": NO_NUMBER,
     "rope_theta": NO_NUMBER,
@@ -413,9 +494,15 @@ def test_a_damaged_setting_is_named_with_its_value(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10**5, '{"a":' * 10**5, '{"vocab_size": ' + "1" * 10**4 + "}", '{"model_type": "\\ud800"}'],
+    "text",
+    [
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        '{"vocab_size": ' + "1" * 10**4 + "}",
+        '{"model_type": "\\ud800"}',
+    ],
     ids=["lists", "objects", "digits", "half a character"],
-)  # fmt: skip
+)
 def test_json_that_would_exhaust_the_parser_is_named_in_one_line(text, saved):
     # Catches: RecursionError left out of parse_json; half a character let through, at which the message itself cannot be printed.
     for name in ("model.safetensors.index.json", "config.json"):
@@ -431,7 +518,9 @@ def test_json_that_would_exhaust_the_parser_is_named_in_one_line(text, saved):
 def test_missing_and_unexpected_tensors_are_named(saved):
     # Catches: `shapes.keys() - found` dropped, which would leave uninitialised memory in the weights.
     tensors = load_file(saved / "model.safetensors")
-    tensors["model.layers.1.self_attn.q_norm.weight"] = tensors.pop("model.layers.1.self_attn.q_proj.bias")
+    tensors["model.layers.1.self_attn.q_norm.weight"] = tensors.pop(
+        "model.layers.1.self_attn.q_proj.bias"
+    )
     save_file(tensors, saved / "model.safetensors")
     message = load_error(saved)
     assert "missing model.layers.1.self_attn.q_proj.bias" in message
@@ -444,21 +533,36 @@ def test_a_misshaped_tensor_is_named_with_both_shapes(saved):
     tensors["model.layers.2.self_attn.k_proj.bias"] = torch.zeros(1)
     save_file(tensors, saved / "model.safetensors")
     message = load_error(saved)
-    assert "model.layers.2.self_attn.k_proj.bias has shape (1,), config.json implies (12,)" in message
+    assert (
+        "model.layers.2.self_attn.k_proj.bias has shape (1,), config.json implies (12,)" in message
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_a_damaged_file_is_named(damage, saved):
     path = saved / "model.safetensors"
     whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"<html>not found</html>", "empty": b""}[damage])
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "text": b"<html>not found</html>", "empty": b""}[
+            damage
+        ]
+    )
     assert "model.safetensors is damaged" in load_error(saved)
 
 
-@pytest.mark.parametrize("changes", [
-    {"vocab_size": 10**6, "hidden_size": 65_500, "intermediate_size": 10**6, "num_hidden_layers": 300},
-    {"num_hidden_layers": 1000},
-], ids=["every size", "layers"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "vocab_size": 10**6,
+            "hidden_size": 65_500,
+            "intermediate_size": 10**6,
+            "num_hidden_layers": 300,
+        },
+        {"num_hidden_layers": 1000},
+    ],
+    ids=["every size", "layers"],
+)
 def test_sizes_that_no_machine_holds_are_refused_before_memory_is_asked_for(changes, saved):
     # Catches: `allocate` before `find_weights` in from_pretrained.
     start = time.perf_counter()
@@ -467,10 +571,18 @@ def test_sizes_that_no_machine_holds_are_refused_before_memory_is_asked_for(chan
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize("damaged", [
-    torch.ones(12, dtype=torch.int8), torch.ones(12, dtype=torch.bool), torch.ones(12, dtype=torch.complex64),
-    torch.full((12,), 1e300, dtype=torch.float64), torch.full((12,), math.nan), torch.full((12,), -math.inf),
-], ids=["int8", "bool", "complex", "beyond float32", "NaN", "infinite"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        torch.ones(12, dtype=torch.int8),
+        torch.ones(12, dtype=torch.bool),
+        torch.ones(12, dtype=torch.complex64),
+        torch.full((12,), 1e300, dtype=torch.float64),
+        torch.full((12,), math.nan),
+        torch.full((12,), -math.inf),
+    ],
+    ids=["int8", "bool", "complex", "beyond float32", "NaN", "infinite"],
+)
 def test_a_tensor_that_holds_no_weights_is_named(damaged, saved):
     # Catches: `is_floating_point` dropped: copy_ would make weights of quantised integers; `isfinite` of the tensor as stored.
     name = "model.layers.2.self_attn.k_proj.bias"
@@ -486,6 +598,12 @@ def test_missing_files_are_named(saved, monkeypatch):
     shard = sorted(saved.glob("*.safetensors"))[1]
     shard.unlink()
     assert f"{shard.name} does not exist" in load_error(saved, FileNotFoundError)
-    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../model.safetensors"}}'):
+    for content in (
+        "[]",
+        "{",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+    ):
         (saved / "model.safetensors.index.json").write_text(content)
         assert "model.safetensors.index.json" in load_error(saved)

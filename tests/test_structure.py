@@ -32,7 +32,15 @@ ALLOWED = {
     "grpo": {"data_types", "flat", "generate", "packing", "qwen2_model", "tokenizer"},
     "harness": set(),
     "harness.console": {"data_types"},
-    "harness.checkpoint": {"harness.console", "data_types", "flat", "optimizer", "published_format", "qwen2_model", "tokenizer"},
+    "harness.checkpoint": {
+        "harness.console",
+        "data_types",
+        "flat",
+        "optimizer",
+        "published_format",
+        "qwen2_model",
+        "tokenizer",
+    },
     "harness.cpu": {"qwen2_model"},
     "harness.logs": {"harness.console", "published_format"},
     "harness.output": {"harness.config", "harness.console", "harness.logs"},
@@ -44,39 +52,125 @@ ALLOWED = {
     "harness.card": {"harness.config", "harness.plan", "gpu"},
     "harness.made_up": {"data_types", "flat", "qwen2_model"},
     "harness.forecast": {
-        "harness.config", "harness.console", "harness.cpu", "harness.made_up", "harness.plan", "data_types", "grpo", "optimizer",
-        "packing", "qwen2_model",
+        "harness.config",
+        "harness.console",
+        "harness.cpu",
+        "harness.made_up",
+        "harness.plan",
+        "data_types",
+        "grpo",
+        "optimizer",
+        "packing",
+        "qwen2_model",
     },
     "harness.check": {
-        "harness.card", "harness.checkpoint", "harness.config", "harness.console", "harness.forecast", "harness.made_up",
-        "harness.plan", "data_types", "flat", "generate", "gpu", "grpo", "optimizer", "packing", "qwen2_model",
+        "harness.card",
+        "harness.checkpoint",
+        "harness.config",
+        "harness.console",
+        "harness.forecast",
+        "harness.made_up",
+        "harness.plan",
+        "data_types",
+        "flat",
+        "generate",
+        "gpu",
+        "grpo",
+        "optimizer",
+        "packing",
+        "qwen2_model",
     },
     "harness.run": {
-        "harness.card", "harness.check", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu",
-        "harness.metrics", "harness.output",
-        "harness.parallel", "harness.plan", "harness.tasks", "data_types", "flat", "generate", "gpu", "grpo", "optimizer",
-        "qwen2_model", "published_format", "tokenizer",
+        "harness.card",
+        "harness.check",
+        "harness.checkpoint",
+        "harness.config",
+        "harness.console",
+        "harness.cpu",
+        "harness.metrics",
+        "harness.output",
+        "harness.parallel",
+        "harness.plan",
+        "harness.tasks",
+        "data_types",
+        "flat",
+        "generate",
+        "gpu",
+        "grpo",
+        "optimizer",
+        "qwen2_model",
+        "published_format",
+        "tokenizer",
     },
-    "train": {"generate", "grpo", "harness.run", "harness.tasks", "optimizer", "qwen2_model", "tokenizer"},
+    "train": {
+        "generate",
+        "grpo",
+        "harness.run",
+        "harness.tasks",
+        "optimizer",
+        "qwen2_model",
+        "tokenizer",
+    },
     "evaluate": {
-        "harness.card", "harness.checkpoint", "harness.config", "harness.console", "harness.cpu", "harness.logs", "harness.metrics",
-        "harness.tasks", "data_types", "generate", "grpo", "qwen2_model", "tokenizer",
+        "harness.card",
+        "harness.checkpoint",
+        "harness.config",
+        "harness.console",
+        "harness.cpu",
+        "harness.logs",
+        "harness.metrics",
+        "harness.tasks",
+        "data_types",
+        "generate",
+        "grpo",
+        "qwen2_model",
+        "tokenizer",
     },
     "warm_start": {
-        "harness.config", "harness.console", "harness.cpu",
-        "countdown_task", "data_types", "flat", "grpo", "packing", "qwen2_model", "tokenizer",
+        "harness.config",
+        "harness.console",
+        "harness.cpu",
+        "countdown_task",
+        "data_types",
+        "flat",
+        "grpo",
+        "packing",
+        "qwen2_model",
+        "tokenizer",
     },
     "plot": {"harness.console", "harness.logs"},
-}  # fmt: skip
+}
 ALGORITHM = (
-    "data_types", "flat", "gpu", "published_format", "chat_template", "optimizer", "qwen2_model", "tokenizer", "countdown_task",
-    "generate", "packing", "grpo",
-)  # fmt: skip
-PATHS = {n: ROOT / n.replace(".", "/") / "__init__.py" if n == "harness" else ROOT / (n.replace(".", "/") + ".py") for n in ALLOWED}
-SOURCES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in PATHS.items()}
+    "data_types",
+    "flat",
+    "gpu",
+    "published_format",
+    "chat_template",
+    "optimizer",
+    "qwen2_model",
+    "tokenizer",
+    "countdown_task",
+    "generate",
+    "packing",
+    "grpo",
+)
+PATHS = {
+    n: ROOT / n.replace(".", "/") / "__init__.py"
+    if n == "harness"
+    else ROOT / (n.replace(".", "/") + ".py")
+    for n in ALLOWED
+}
+SOURCES = {
+    name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in PATHS.items()
+}
 PRINTS = {"evaluate", "harness.console", "plot", "warm_start"}
 PACKAGE_OF = {"yaml": "pyyaml"}  # where a module is not named like its package
-LATE = {"pyarrow", "tensorboard", "torch.utils.tensorboard", "matplotlib"}  # of groups that may be left out: imported where used
+LATE = {
+    "pyarrow",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "matplotlib",
+}  # of groups that may be left out: imported where used
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -98,7 +192,11 @@ def calls(tree: ast.AST) -> list[ast.Call]:
 
 def calls_of(tree: ast.AST, *functions: str) -> list[int]:
     """Lines that call a function by its bare name."""
-    return [call.lineno for call in calls(tree) if isinstance(call.func, ast.Name) and call.func.id in functions]
+    return [
+        call.lineno
+        for call in calls(tree)
+        if isinstance(call.func, ast.Name) and call.func.id in functions
+    ]
 
 
 def test_every_file_of_the_project_has_its_place():
@@ -106,8 +204,14 @@ def test_every_file_of_the_project_has_its_place():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "*.py"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    tracked = {ROOT / line for line in listed.splitlines() if line.count("/") == line.startswith("harness/")}
-    assert tracked <= set(PATHS.values()), "a new file is a new line in ALLOWED, with what it may import"
+    tracked = {
+        ROOT / line
+        for line in listed.splitlines()
+        if line.count("/") == line.startswith("harness/")
+    }
+    assert tracked <= set(PATHS.values()), (
+        "a new file is a new line in ALLOWED, with what it may import"
+    )
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -130,7 +234,14 @@ def test_no_file_of_the_algorithm_imports_the_harness(name):
 
 def test_the_algorithm_knows_no_task_and_no_config():
     reached = set()
-    while more := {module for name in reached | {"grpo"} for module in imports(SOURCES[name]) & SOURCES.keys()} - reached:
+    while (
+        more := {
+            module
+            for name in reached | {"grpo"}
+            for module in imports(SOURCES[name]) & SOURCES.keys()
+        }
+        - reached
+    ):
         reached |= more
     assert not reached & {"countdown_task", "train", "evaluate", "warm_start"}
     assert not any(name.startswith("harness") for name in reached)
@@ -139,9 +250,21 @@ def test_the_algorithm_knows_no_task_and_no_config():
 def test_only_declared_packages_are_imported_and_never_the_reference():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
-    declared = {d.split(">")[0] for d in [*project["project"]["dependencies"], *groups["data"], *groups["log"], "matplotlib"]}
+    declared = {
+        d.split(">")[0]
+        for d in [
+            *project["project"]["dependencies"],
+            *groups["data"],
+            *groups["log"],
+            "matplotlib",
+        ]
+    }
     for name, tree in SOURCES.items():
-        tops = {module.split(".")[0] for module in imports(tree)} - SOURCES.keys() - sys.stdlib_module_names
+        tops = (
+            {module.split(".")[0] for module in imports(tree)}
+            - SOURCES.keys()
+            - sys.stdlib_module_names
+        )
         assert not tops & {"transformers", "vllm"}
         assert {PACKAGE_OF.get(top, top) for top in tops} <= declared, name
         assert "matplotlib" not in tops or name == "plot"
@@ -149,35 +272,60 @@ def test_only_declared_packages_are_imported_and_never_the_reference():
 
 def test_what_may_be_left_out_is_imported_where_it_is_used():
     for name, tree in SOURCES.items():
-        at_the_head = {m for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for m in imports(node)}
-        assert not {m for m in at_the_head if m in LATE or m.split(".")[0] in LATE} or name == "plot", name
+        at_the_head = {
+            m
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for m in imports(node)
+        }
+        assert (
+            not {m for m in at_the_head if m in LATE or m.split(".")[0] in LATE} or name == "plot"
+        ), name
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_text_is_run_as_code(name):
     assert not calls_of(SOURCES[name], "eval", "exec", "compile", "__import__"), name
     assert "pickle" not in imports(SOURCES[name]) or not [
-        call for call in calls(SOURCES[name]) if ast.unparse(call.func) in ("pickle.load", "pickle.loads", "pickle.Unpickler")
+        call
+        for call in calls(SOURCES[name])
+        if ast.unparse(call.func) in ("pickle.load", "pickle.loads", "pickle.Unpickler")
     ]
     for call in calls(SOURCES[name]):
         if ast.unparse(call.func) == "torch.load":
-            safe = [k for k in call.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
-            assert safe, f"{name}.py:{call.lineno}: torch.load runs code from the file unless weights_only=True"
+            safe = [
+                k
+                for k in call.keywords
+                if k.arg == "weights_only" and ast.unparse(k.value) == "True"
+            ]
+            assert safe, (
+                f"{name}.py:{call.lineno}: torch.load runs code from the file unless weights_only=True"
+            )
         if ast.unparse(call.func) in ("importlib.import_module", "import_module"):
-            assert name == "harness.tasks", f"{name}.py:{call.lineno}: only tasks.py imports by name"
+            assert name == "harness.tasks", (
+                f"{name}.py:{call.lineno}: only tasks.py imports by name"
+            )
         if ast.unparse(call.func) == "yaml.load":
-            assert ast.unparse(call.args[1]) == "_Loader", f"{name}.py:{call.lineno}: only a SafeLoader may read YAML"
+            assert ast.unparse(call.args[1]) == "_Loader", (
+                f"{name}.py:{call.lineno}: only a SafeLoader may read YAML"
+            )
         assert ast.unparse(call.func) not in ("yaml.unsafe_load", "yaml.full_load", "os.system")
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES.keys() - PRINTS))
 def test_only_the_programs_and_their_console_print(name):
-    assert not calls_of(SOURCES[name], "print"), f"{name}.py prints; return the value, or have harness/console.py say it"
+    assert not calls_of(SOURCES[name], "print"), (
+        f"{name}.py prints; return the value, or have harness/console.py say it"
+    )
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_exception_is_swallowed_unnamed(name):
-    bare = [node.lineno for node in ast.walk(SOURCES[name]) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    bare = [
+        node.lineno
+        for node in ast.walk(SOURCES[name])
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
     assert not bare, f"{name}.py: bare except in lines {bare}"
 
 
@@ -187,16 +335,26 @@ def test_a_file_says_what_it_is(name):
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 @pytest.mark.parametrize("name", [*ALGORITHM, "train"])
 def test_a_function_asks_for_little(name):
     for function in functions(SOURCES[name]):
         a = function.args
-        parameters = [p for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p and p.arg not in ("self", "cls")]
-        limit = 10 if (name, function.name) in (("grpo", "rollout"), ("grpo", "update_policy")) else 8
-        assert len(parameters) <= limit, f"{name}.py:{function.lineno}: {function.name} has {len(parameters)} parameters"
+        parameters = [
+            p
+            for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg)
+            if p and p.arg not in ("self", "cls")
+        ]
+        limit = (
+            10 if (name, function.name) in (("grpo", "rollout"), ("grpo", "update_policy")) else 8
+        )
+        assert len(parameters) <= limit, (
+            f"{name}.py:{function.lineno}: {function.name} has {len(parameters)} parameters"
+        )
 
 
 # ---------------------------------------------------------------- the config
@@ -214,15 +372,29 @@ FIELDS = list(config_fields(type(load_config(ROOT / "config.yaml"))))
 
 
 def test_the_fields_of_every_section_are_found():
-    assert {section for section, _ in FIELDS} == {"config", "model", "data", "training", "optimizer"}
+    assert {section for section, _ in FIELDS} == {
+        "config",
+        "model",
+        "data",
+        "training",
+        "optimizer",
+    }
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=lambda value: value)
 def test_every_config_field_is_read(section, field):
     for name, tree in SOURCES.items():
         for node in ast.walk(tree) if name != "harness.config" else ():
-            if isinstance(node, ast.Attribute) and node.attr == field and isinstance(node.ctx, ast.Load):
-                owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr == field
+                and isinstance(node.ctx, ast.Load)
+            ):
+                owner = (
+                    node.value.id
+                    if isinstance(node.value, ast.Name)
+                    else getattr(node.value, "attr", None)
+                )
                 if owner == section:
                     return
     pytest.fail(f"nothing outside config.py reads {section}.{field}: a knob that turns nothing")

@@ -31,13 +31,18 @@ def write_module(directory, name: str, text: str) -> None:
     path.write_text(text)
 
 
-COMPLETE = "".join(f"def {f}(*args, **kwargs): ...\n" for f in ("load_problems", "render_prompt", "reward_function"))
+COMPLETE = "".join(
+    f"def {f}(*args, **kwargs): ...\n"
+    for f in ("load_problems", "render_prompt", "reward_function")
+)
 
 
 def test_a_task_may_lie_in_a_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     write_module(tmp_path, "package_of_tasks.inner.some_task", COMPLETE)
-    assert load_task("package_of_tasks.inner.some_task").__name__ == "package_of_tasks.inner.some_task"
+    assert (
+        load_task("package_of_tasks.inner.some_task").__name__ == "package_of_tasks.inner.some_task"
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,10 @@ def test_a_task_may_lie_in_a_package(tmp_path, monkeypatch):
     [
         ("no_such_task", ["task='no_such_task'", "without the .py"]),
         ("countdown_task.py", ["task='countdown_task.py'", "without the .py"]),
-        ("tests/countdown_task", ["task='tests/countdown_task'", "not a module name", "countdown_task.py"]),
+        (
+            "tests/countdown_task",
+            ["task='tests/countdown_task'", "not a module name", "countdown_task.py"],
+        ),
         ("countdown-task", ["task='countdown-task'", "not a module name"]),
         ("", ["task=''", "not a module name"]),
         (".countdown_task", ["not a module name"]),
@@ -76,8 +84,12 @@ def test_what_a_task_lacks_is_named(tmp_path, monkeypatch, function):
 
 def test_what_a_task_cannot_import_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    write_module(tmp_path, "task_with_a_dependency", "import a_package_that_is_not_installed\n" + COMPLETE)
-    with pytest.raises(ValueError, match=r"task='task_with_a_dependency'.*a_package_that_is_not_installed"):
+    write_module(
+        tmp_path, "task_with_a_dependency", "import a_package_that_is_not_installed\n" + COMPLETE
+    )
+    with pytest.raises(
+        ValueError, match=r"task='task_with_a_dependency'.*a_package_that_is_not_installed"
+    ):
         load_task("task_with_a_dependency")
 
 
@@ -85,7 +97,11 @@ def test_what_a_task_cannot_import_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "line", "reason"),
     [
-        ("missing", "import a_package_that_is_not_installed", "No module named 'a_package_that_is_not_installed'"),
+        (
+            "missing",
+            "import a_package_that_is_not_installed",
+            "No module named 'a_package_that_is_not_installed'",
+        ),
         ("absent", "from json import no_such_name", "cannot import name 'no_such_name'"),
         ("unwritten", "def f(:", "SyntaxError"),
         ("undefined", "print(no_such_name)", "NameError"),
@@ -111,25 +127,40 @@ def one_key(response, key):
     [
         ([], [{"key": 1}], one_key, ["leaves no training problems"]),
         ([{"key": 1}], [], one_key, ["leaves no held-out problems"]),
-        ([{"key": 1, "response": "x"}], [{"key": 1}], one_key, ["'response': 'x'", "multiple values for argument 'response'"]),
+        (
+            [{"key": 1, "response": "x"}],
+            [{"key": 1}],
+            one_key,
+            ["'response': 'x'", "multiple values for argument 'response'"],
+        ),
         ([{"key": 1}], [{"other": 1}], one_key, ["held-out problem {'other': 1}", "'key'"]),
         ([{3: 1}], [{"key": 1}], one_key, ["training problem {3: 1}", "must be strings"]),
         (["key"], [{"key": 1}], one_key, ["training problem 'key'", "mapping"]),
     ],
 )
 def test_problems_that_cannot_be_used_are_named_at_the_start(train, test, reward_function, wanted):
-    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: (train, test), reward_function=reward_function)
+    task = SimpleNamespace(
+        __name__="some_task",
+        load_problems=lambda data: (train, test),
+        reward_function=reward_function,
+    )
     with pytest.raises(ValueError, match="task='some_task'") as caught:
         load_problems(task, None)
     assert [part for part in wanted if part not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
-    "found", [None, 3, ([{"key": 1}],), ([{"key": 1}], iter([{"key": 1}]))], ids=["nothing", "a number", "one", "an iterator"]
+    "found",
+    [None, 3, ([{"key": 1}],), ([{"key": 1}], iter([{"key": 1}]))],
+    ids=["nothing", "a number", "one", "an iterator"],
 )
 def test_problems_that_are_not_two_sequences_are_named(found):
-    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: found, reward_function=one_key)
-    with pytest.raises(ValueError, match=r"task='some_task': load_problems returned .*; wanted two lists"):
+    task = SimpleNamespace(
+        __name__="some_task", load_problems=lambda data: found, reward_function=one_key
+    )
+    with pytest.raises(
+        ValueError, match=r"task='some_task': load_problems returned .*; wanted two lists"
+    ):
         load_problems(task, None)
 
 
@@ -148,13 +179,19 @@ def test_any_key_will_do_that_the_reward_function_takes():
 
     expected = {"response": 1, "self": 2, "problem": 3, "timeout": 4, "args": 5}
     both = [expected], [expected]
-    task = SimpleNamespace(__name__="some_task", load_problems=lambda data: both, reward_function=reward_function)
+    task = SimpleNamespace(
+        __name__="some_task", load_problems=lambda data: both, reward_function=reward_function
+    )
     assert load_problems(task, None) == both
-    assert guard_reward(reward_function, timeout=5.0, errors="stop")("an answer", **expected) == Reward(1.0, {})
+    assert guard_reward(reward_function, timeout=5.0, errors="stop")(
+        "an answer", **expected
+    ) == Reward(1.0, {})
 
 
 def test_a_question_is_what_the_task_renders():
-    task = SimpleNamespace(render_prompt=lambda problem, tokenizer: f"{tokenizer.name}: {problem['target']}?")
+    task = SimpleNamespace(
+        render_prompt=lambda problem, tokenizer: f"{tokenizer.name}: {problem['target']}?"
+    )
     tokenizer = SimpleNamespace(name="words", encode=lambda text: [len(text), 7])
     assert make_question(task, PROBLEM, tokenizer) == Question("words: 22?", [10, 7], PROBLEM)
 
@@ -268,7 +305,9 @@ def kills_its_group(response, **problem):
 
 
 def eats_memory(response, **problem):
-    return Reward(float(len([bytes(10**9) for _ in range(6)])), {})  # of zeros, which the kernel does not lay out
+    return Reward(
+        float(len([bytes(10**9) for _ in range(6)])), {}
+    )  # of zeros, which the kernel does not lay out
 
 
 def returns_too_much(response, **problem):
@@ -305,37 +344,78 @@ def forks_and_hangs(response, **problem):
     time.sleep(FOR_EVER)
 
 
-HANGING = [sleeps, loops, loops_and_swallows, sleeps_and_swallows, matches_for_ever, loops_and_swallows_all, blocks_signals,
-           sums_in_c, stops_its_process, forks_and_hangs]  # fmt: skip
+HANGING = [
+    sleeps,
+    loops,
+    loops_and_swallows,
+    sleeps_and_swallows,
+    matches_for_ever,
+    loops_and_swallows_all,
+    blocks_signals,
+    sums_in_c,
+    stops_its_process,
+    forks_and_hangs,
+]
 ENDING = [exits_at_once, is_killed, kills_its_group, closes_all_files]
 FAILING = [
-    raises, recurses, returns_a_number, returns_nothing, returns_a_text_as_total, takes_other_keywords, exits, asks_to_stop,
-    eats_memory, returns_too_much, returns_a_part_too_much, returns_a_huge_integer, returns_no_text_as_a_parts_name,
-    returns_an_escape_as_a_parts_name, returns_half_a_character_as_a_parts_name, *ENDING,
-]  # fmt: skip
+    raises,
+    recurses,
+    returns_a_number,
+    returns_nothing,
+    returns_a_text_as_total,
+    takes_other_keywords,
+    exits,
+    asks_to_stop,
+    eats_memory,
+    returns_too_much,
+    returns_a_part_too_much,
+    returns_a_huge_integer,
+    returns_no_text_as_a_parts_name,
+    returns_an_escape_as_a_parts_name,
+    returns_half_a_character_as_a_parts_name,
+    *ENDING,
+]
 
 
 @pytest.mark.parametrize("errors", ["stop", "zero"])
-@pytest.mark.parametrize("reward", [
-    Reward(1.1, {"format": 1.0}), Reward(1, {}), Reward(-math.inf, {}), Reward(math.nan, {"answer": math.nan}), Reward(1e6, {}),
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "reward",
+    [
+        Reward(1.1, {"format": 1.0}),
+        Reward(1, {}),
+        Reward(-math.inf, {}),
+        Reward(math.nan, {"answer": math.nan}),
+        Reward(1e6, {}),
+    ],
+    ids=repr,
+)
 def test_a_reward_passes_through_untouched(reward, errors, tmp_path):
     def reward_function(response, **problem):
         (tmp_path / "seen").write_text(repr((response, problem)))
         return reward
 
     returned = guard_reward(reward_function, timeout=5.0, errors=errors)("an answer", **PROBLEM)
-    assert [returned.total, *returned.parts.values()] == pytest.approx([reward.total, *reward.parts.values()], rel=0, nan_ok=True)
+    assert [returned.total, *returned.parts.values()] == pytest.approx(
+        [reward.total, *reward.parts.values()], rel=0, nan_ok=True
+    )
     assert returned.parts.keys() == reward.parts.keys()
     assert (tmp_path / "seen").read_text() == repr(("an answer", PROBLEM))
 
 
-@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1), np.bool_(True), np.float32(np.nan)], ids=repr)
+@pytest.mark.parametrize(
+    "number",
+    [np.float32(0.5), np.float64(0.5), np.int64(1), np.bool_(True), np.float32(np.nan)],
+    ids=repr,
+)
 def test_a_number_of_numpy_is_a_number(number):
     # Catches: isinstance(number, int | float), which np.float32 is not.
-    reward = guard_reward(lambda response: Reward(number, {"answer": number}), timeout=5.0, errors="stop")("an answer")
+    reward = guard_reward(
+        lambda response: Reward(number, {"answer": number}), timeout=5.0, errors="stop"
+    )("an answer")
     assert type(reward.total) is type(reward.parts["answer"]) is float
-    assert [reward.total, reward.parts["answer"]] == pytest.approx([float(number)] * 2, rel=0, nan_ok=True)
+    assert [reward.total, reward.parts["answer"]] == pytest.approx(
+        [float(number)] * 2, rel=0, nan_ok=True
+    )
 
 
 # Catches: the worker not killed at the timeout; EOFError of a worker that ends the keeper; Exception for BaseException in _serve.
@@ -377,7 +457,13 @@ def test_after_a_failure_the_next_answer_is_scored_as_ever(reward_function):
         return Reward(float(response), {}) if response else reward_function(response)
 
     guarded = guard_reward(either, timeout=0.5, errors="zero")
-    assert [guarded(text, **PROBLEM).total for text in ("3", "", "5", "", "7")] == [3.0, 0.0, 5.0, 0.0, 7.0]
+    assert [guarded(text, **PROBLEM).total for text in ("3", "", "5", "", "7")] == [
+        3.0,
+        0.0,
+        5.0,
+        0.0,
+        7.0,
+    ]
 
 
 def test_the_line_that_raised_is_named():
@@ -388,7 +474,9 @@ def test_the_line_that_raised_is_named():
 
 def test_a_long_answer_does_not_flood_the_message():
     with pytest.raises(ValueError, match="the reward function") as caught:
-        guard_reward(raises, timeout=5.0, errors="stop")("x" * 100_000, numbers=[3] * 100_000, target=22)
+        guard_reward(raises, timeout=5.0, errors="stop")(
+            "x" * 100_000, numbers=[3] * 100_000, target=22
+        )
     assert len(str(caught.value)) < 2000
 
 
@@ -424,11 +512,14 @@ def test_what_a_task_prints_is_shown_at_once_and_steers_no_terminal(capfd):
         print(f"scoring\n{response}")
         os._exit(0)
 
-    assert guard_reward(reward_function, timeout=5.0, errors="zero")("\x1b[2Jan answer") == Reward(0.0, {"error": 1.0})
+    assert guard_reward(reward_function, timeout=5.0, errors="zero")("\x1b[2Jan answer") == Reward(
+        0.0, {"error": 1.0}
+    )
     assert capfd.readouterr().out == "scoring\n\\x1b[2Jan answer\n"
 
 
 # ---------------------------------------------------------------- the process
+
 
 def is_running(pid: int) -> bool:
     try:
@@ -438,7 +529,10 @@ def is_running(pid: int) -> bool:
 
 
 def holds(pid: int, path: Path) -> bool:
-    return any(os.path.realpath(descriptor) == str(path) for descriptor in Path(f"/proc/{pid}/fd").iterdir())
+    return any(
+        os.path.realpath(descriptor) == str(path)
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir()
+    )
 
 
 def wait_for(condition) -> bool:
@@ -508,13 +602,19 @@ def test_what_the_task_started_ends_with_its_worker(tmp_path):
         (tmp_path / "pid").write_text(str(child.pid))
         return sleeps(response)
 
-    assert guard_reward(reward_function, timeout=0.5, errors="zero")("an answer").parts == {"error": 1.0}
+    assert guard_reward(reward_function, timeout=0.5, errors="zero")("an answer").parts == {
+        "error": 1.0
+    }
     pid = int((tmp_path / "pid").read_text())
     assert wait_for(lambda: not is_running(pid))
 
 
 def test_a_keeper_that_was_killed_is_said():
-    guarded = guard_reward(lambda response: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(1), timeout=0.2, errors="zero")
+    guarded = guard_reward(
+        lambda response: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(1),
+        timeout=0.2,
+        errors="zero",
+    )
     with pytest.raises(ChildProcessError, match="was killed"):
         guarded("an answer")
 
@@ -522,8 +622,11 @@ def test_a_keeper_that_was_killed_is_said():
 # Catches: a close() that does nothing; the pipe held by something that outlives the guard.
 @pytest.mark.parametrize("close", [True, False])
 def test_the_processes_go_with_the_guard(close):
-    guarded = guard_reward(lambda response: Reward(1.0, {"own": os.getpid() / 1e5, "keeper": os.getppid() / 1e5}), timeout=5.0,
-                           errors="stop")  # fmt: skip
+    guarded = guard_reward(
+        lambda response: Reward(1.0, {"own": os.getpid() / 1e5, "keeper": os.getppid() / 1e5}),
+        timeout=5.0,
+        errors="stop",
+    )
     pids = [round(part * 1e5) for part in guarded("an answer").parts.values()]
     assert all(map(is_running, pids))
     if close:
@@ -534,7 +637,9 @@ def test_the_processes_go_with_the_guard(close):
 
 
 def test_each_answer_has_its_own_time():
-    guarded = guard_reward(lambda response, **problem: time.sleep(0.06) or Reward(1.0, {}), timeout=0.5, errors="stop")
+    guarded = guard_reward(
+        lambda response, **problem: time.sleep(0.06) or Reward(1.0, {}), timeout=0.5, errors="stop"
+    )
     assert [guarded("an answer", **PROBLEM).total for _ in range(10)] == [1.0] * 10
 
 
@@ -556,5 +661,7 @@ def test_the_tasks_line_is_named_where_a_library_raises():
 
 @pytest.mark.parametrize("parts", [None, [1.0], {"answer": "yes"}, {"answer": None}])
 def test_parts_that_are_no_numbers_are_no_reward(parts):
-    guarded = guard_reward(lambda response, **problem: Reward(1.0, parts), timeout=5.0, errors="zero")
+    guarded = guard_reward(
+        lambda response, **problem: Reward(1.0, parts), timeout=5.0, errors="zero"
+    )
     assert guarded("an answer", **PROBLEM) == Reward(0.0, {"error": 1.0})

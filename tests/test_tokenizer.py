@@ -66,9 +66,18 @@ def test_ids_and_text_are_those_of_transformers(qwen, reference, text):
 @needs_qwen
 def test_decode_keeps_everything(qwen, reference):
     for text in TEXTS.values():
-        if "e\u0301" not in text and "\u0301" not in text:  # the tokenizer itself composes these (NFC)
+        if (
+            "e\u0301" not in text and "\u0301" not in text
+        ):  # the tokenizer itself composes these (NFC)
             assert qwen.decode(qwen.encode(text)) == text
-    for ids in ([151645], [151643, 151644], [0, 151664, 5], list(range(0, 151665, 997)), [97, 222, 30], []):
+    for ids in (
+        [151645],
+        [151643, 151644],
+        [0, 151664, 5],
+        list(range(0, 151665, 997)),
+        [97, 222, 30],
+        [],
+    ):
         assert qwen.decode(ids) == reference.decode(ids)
 
 
@@ -84,16 +93,29 @@ def test_bytes_that_are_no_utf_8_decode_to_the_replacement_character(qwen, refer
     "messages",
     [
         [{"role": "user", "content": "Hi!"}],
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  1 < 2 & \"so\" {{ on }}\n\n"}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": '  1 < 2 & "so" {{ on }}\n\n'},
+        ],
         [{"role": "system", "content": ""}, {"role": "user", "content": "思"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "late"}, {"role": "tool", "content": "9"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "system", "content": "late"},
+            {"role": "tool", "content": "9"},
+        ],
     ],
     ids=["user", "system and user", "empty system", "turns", "late system, tool"],
-)  # fmt: skip
+)
 def test_the_chat_is_rendered_like_transformers_renders_it(qwen, reference, messages):
     # Catches: add_generation_prompt=False.
-    assert qwen.render_chat(messages) == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert qwen.render_chat(messages) == reference.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
 
 
 # Catches: system and user message swapped, RESPONSE_PREFIX left out, the numbers not in their order.
@@ -102,7 +124,9 @@ def test_the_countdown_prompt_is_transformers_rendering_and_the_opened_answer(qw
     prompt = render_prompt({"numbers": [44, 19, 35], "target": 98}, qwen)
     turns = [turn.split("\n", 1) for turn in prompt.split("<|im_start|>")[1:]]
     assert [role for role, _ in turns] == ["system", "user", "assistant"]
-    messages = [{"role": role, "content": text.removesuffix("<|im_end|>\n")} for role, text in turns[:2]]
+    messages = [
+        {"role": role, "content": text.removesuffix("<|im_end|>\n")} for role, text in turns[:2]
+    ]
     rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == rendered + RESPONSE_PREFIX
     assert prompt.endswith("<think>")
@@ -128,7 +152,11 @@ def test_what_is_saved_is_the_same_tokenizer(qwen, tmp_path):
     text = "".join(TEXTS.values())
     assert again.encode(text) == qwen.encode(text)
     assert again.render_chat(MESSAGES) == qwen.render_chat(MESSAGES)
-    assert (again.stop_ids, again.pad_id, again.vocab_size) == (qwen.stop_ids, qwen.pad_id, qwen.vocab_size)
+    assert (again.stop_ids, again.pad_id, again.vocab_size) == (
+        qwen.stop_ids,
+        qwen.pad_id,
+        qwen.vocab_size,
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "new/directory" / name).read_bytes() == (QWEN / name).read_bytes()
 
@@ -157,9 +185,15 @@ def test_a_checkpoints_tokenizer_is_the_same_in_transformers(checkpoint):
     rng = random.Random(0)
     for numbers in ([3, 5, 7], [10, 10, 1], [0, 99, 100], [44, 19, 35, 7]):
         prompt = render_prompt({"numbers": numbers, "target": 22}, ours)
-        messages = [{"role": "system", "content": SYSTEM_MESSAGE},
-                    {"role": "user", "content": prompt.split("user\n", 1)[1].split("<|im_end|>", 1)[0]}]  # fmt: skip
-        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + RESPONSE_PREFIX == prompt
+        messages = [
+            {"role": "system", "content": SYSTEM_MESSAGE},
+            {"role": "user", "content": prompt.split("user\n", 1)[1].split("<|im_end|>", 1)[0]},
+        ]
+        assert (
+            theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            + RESPONSE_PREFIX
+            == prompt
+        )
         pairs = all_attempts(numbers[:3])
         answer = make_trace(pairs, pairs[0][0][1][0][2], rng) + "<|im_end|>"
         for text in (prompt, answer, prompt + answer, answer.replace("; ", ";  "), answer.upper()):
@@ -182,15 +216,29 @@ MESSAGES = [{"role": "system", "content": "calm"}, {"role": "user", "content": "
 END, PAD, START = 256, 257, 258  # after the 256 bytes
 
 
-def write_tokenizer(directory: Path, *, generation: dict | None = None, drop: tuple[str, ...] = (), **changes) -> Path:
+def write_tokenizer(
+    directory: Path, *, generation: dict | None = None, drop: tuple[str, ...] = (), **changes
+) -> Path:
     """One token a byte and three special ones. changes: of tokenizer_config.json; drop: its keys to leave out."""
-    fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    fast = FastTokenizer(
+        models.BPE(
+            vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
+        )
+    )
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<end>", "<pad>", "<start>")])
+    fast.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<end>", "<pad>", "<start>")]
+    )
     directory.mkdir(parents=True, exist_ok=True)
     fast.save(str(directory / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "eos_token": "<end>", "pad_token": "<pad>", "bos_token": None} | changes
+    settings = {
+        "chat_template": TEMPLATE,
+        "eos_token": "<end>",
+        "pad_token": "<pad>",
+        "bos_token": None,
+    } | changes
     settings = {k: v for k, v in settings.items() if k not in drop}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     if generation is not None:
@@ -225,19 +273,42 @@ STOPS = {  # generation_config.json, changes of tokenizer_config.json -> stop id
 # Catches: `ids is None` turned into `not ids` (id 0); the eos_token preferred to generation_config.json.
 @pytest.mark.parametrize(("generation", "changes", "wanted"), STOPS.values(), ids=STOPS)
 def test_the_ids_that_end_an_answer(tmp_path, generation, changes, wanted):
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, generation=generation, **changes))
+    tokenizer = Tokenizer.from_pretrained(
+        write_tokenizer(tmp_path, generation=generation, **changes)
+    )
     assert tokenizer.stop_ids == frozenset(wanted)
     assert isinstance(tokenizer.stop_ids, frozenset)
 
 
 @pytest.mark.parametrize(
     ("generation", "changes"),
-    [({"eos_token_id": 259}, {}), ({"eos_token_id": ["<end>"]}, {}), ({"eos_token_id": "<end>"}, {}), ({"eos_token_id": []}, {}),
-     ({"eos_token_id": True}, {}), ({"eos_token_id": 256.0}, {}), ({"eos_token_id": [[256]]}, {}), ({"eos_token_id": [10**30]}, {}),
-     ({"eos_token_id": {"id": 256}}, {}), (None, {"eos_token": "<nowhere>"}), (None, {"eos_token": None})],
-    ids=["beyond the vocabulary", "text in a list", "text", "empty list", "true", "a float", "a list in a list", "a huge number",
-         "an object", "eos_token unknown", "no eos_token"],
-)  # fmt: skip
+    [
+        ({"eos_token_id": 259}, {}),
+        ({"eos_token_id": ["<end>"]}, {}),
+        ({"eos_token_id": "<end>"}, {}),
+        ({"eos_token_id": []}, {}),
+        ({"eos_token_id": True}, {}),
+        ({"eos_token_id": 256.0}, {}),
+        ({"eos_token_id": [[256]]}, {}),
+        ({"eos_token_id": [10**30]}, {}),
+        ({"eos_token_id": {"id": 256}}, {}),
+        (None, {"eos_token": "<nowhere>"}),
+        (None, {"eos_token": None}),
+    ],
+    ids=[
+        "beyond the vocabulary",
+        "text in a list",
+        "text",
+        "empty list",
+        "true",
+        "a float",
+        "a list in a list",
+        "a huge number",
+        "an object",
+        "eos_token unknown",
+        "no eos_token",
+    ],
+)
 def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path, generation, changes):
     with pytest.raises(ValueError, match=r"(?s)stop ids.*eos_token_id") as caught:
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, generation=generation, **changes))
@@ -248,8 +319,12 @@ def test_padding_has_an_id_even_where_none_is_published(tmp_path):
     assert Tokenizer.from_pretrained(write_tokenizer(tmp_path / "pad")).pad_id == PAD
     as_dict = write_tokenizer(tmp_path / "dict", pad_token={"content": "<start>"})
     assert Tokenizer.from_pretrained(as_dict).pad_id == START
-    for i, changes in enumerate([{"pad_token": None}, {"drop": ("pad_token",)}, {"pad_token": "<nowhere>"}]):
-        assert Tokenizer.from_pretrained(write_tokenizer(tmp_path / str(i), **changes)).pad_id == END
+    for i, changes in enumerate(
+        [{"pad_token": None}, {"drop": ("pad_token",)}, {"pad_token": "<nowhere>"}]
+    ):
+        assert (
+            Tokenizer.from_pretrained(write_tokenizer(tmp_path / str(i), **changes)).pad_id == END
+        )
 
 
 def test_a_published_truncation_or_padding_is_that_of_its_training_and_not_ours(tmp_path):
@@ -258,14 +333,23 @@ def test_a_published_truncation_or_padding_is_that_of_its_training_and_not_ours(
     fast.enable_truncation(5)
     fast.enable_padding(length=20, pad_id=PAD, pad_token="<pad>")
     fast.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_pretrained(tmp_path).decode(Tokenizer.from_pretrained(tmp_path).encode("a prompt")) == "a prompt"
+    assert (
+        Tokenizer.from_pretrained(tmp_path).decode(
+            Tokenizer.from_pretrained(tmp_path).encode("a prompt")
+        )
+        == "a prompt"
+    )
 
 
 def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path):
     # Catches: the bare Exception of the library let through.
     write_tokenizer(tmp_path)
-    FastTokenizer(models.WordLevel({"<end>": 0}, unk_token="<unknown>")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"the tokenizer fails on 'hi'.*fetch the model again") as caught:
+    FastTokenizer(models.WordLevel({"<end>": 0}, unk_token="<unknown>")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(
+        ValueError, match=r"the tokenizer fails on 'hi'.*fetch the model again"
+    ) as caught:
         Tokenizer.from_pretrained(tmp_path).encode("hi")
     assert str(tmp_path) in str(caught.value)
 
@@ -294,7 +378,12 @@ def test_a_template_is_given_the_special_tokens_and_what_transformers_gives(tmp_
 # Catches: trim_blocks or lstrip_blocks left out: a block's line leaves no white space behind.
 def test_lines_that_hold_only_a_block_vanish(tmp_path):
     template = "{% for m in messages %}\n  {% if m.role == 'user' %}\n  {{ m.content }}\n  {% endif %}\n{% endfor %}\nend"
-    assert Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template)).render_chat(MESSAGES) == "  hi\nend"
+    assert (
+        Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template)).render_chat(
+            MESSAGES
+        )
+        == "  hi\nend"
+    )
 
 
 HOSTILE_TEMPLATES = {
@@ -370,22 +459,33 @@ def test_a_template_that_looks_outside_is_refused(tmp_path, template):
 
 
 def test_a_template_is_told_by_its_own_error(tmp_path):
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}"))
+    tokenizer = Tokenizer.from_pretrained(
+        write_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    )
     with pytest.raises(ValueError, match="roles must alternate"):
         tokenizer.render_chat(MESSAGES)
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}", "{{ messages", "{% nonsense %}", "{{ messages | nonsense }}", "{{ " + "(" * 5000,
-    "{% for m in messages %}" * 50 + "{% endfor %}" * 50,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}",
+        "{{ messages",
+        "{% nonsense %}",
+        "{{ messages | nonsense }}",
+        "{{ " + "(" * 5000,
+        "{% for m in messages %}" * 50 + "{% endfor %}" * 50,
+    ],
+)
 def test_a_template_that_does_not_parse_is_refused_at_once(tmp_path, template):
     with pytest.raises(ValueError, match="chat template does not parse") as caught:
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"drop": ("chat_template",)}, {"chat_template": None}, {"chat_template": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"drop": ("chat_template",)}, {"chat_template": None}, {"chat_template": 3}]
+)
 def test_a_model_without_a_template_is_refused(tmp_path, changes):
     with pytest.raises(ValueError, match=r"no chat template.*Instruct"):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, **changes))
@@ -394,8 +494,16 @@ def test_a_model_without_a_template_is_refused(tmp_path, changes):
 # ---------------------------------------------------------------- damaged and missing files
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-DAMAGE = {"empty": b"", "cut": b'{"version": "1.0", "mod', "no JSON": b"<html>\n<h1>404</h1>\n</html>\n", "a list": b"[1, 2]",
-          "a number": b"3", "null": b"null", "no UTF-8": b'{"a": "\xff\xfe"}', "nested without end": b'{"a":' * 10**5}  # fmt: skip
+DAMAGE = {
+    "empty": b"",
+    "cut": b'{"version": "1.0", "mod',
+    "no JSON": b"<html>\n<h1>404</h1>\n</html>\n",
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "null": b"null",
+    "no UTF-8": b'{"a": "\xff\xfe"}',
+    "nested without end": b'{"a":' * 10**5,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -421,9 +529,19 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 # Catches: a file left out of FILES; files rewritten instead of copied.
 def test_saving_copies_every_published_file_as_it_was(tmp_path):
-    old, new = write_tokenizer(tmp_path / "old", generation={"eos_token_id": [END, PAD], "unknown": [1.50]}), tmp_path / "a/b"
-    published = {"chat_template.jinja": "{{ messages[0].content }}\n", "vocab.json": "{ }", "merges.txt": "#version: 0.2\n",
-                 "special_tokens_map.json": "{\n}", "added_tokens.json": "{}\n"}  # fmt: skip
+    old, new = (
+        write_tokenizer(
+            tmp_path / "old", generation={"eos_token_id": [END, PAD], "unknown": [1.50]}
+        ),
+        tmp_path / "a/b",
+    )
+    published = {
+        "chat_template.jinja": "{{ messages[0].content }}\n",
+        "vocab.json": "{ }",
+        "merges.txt": "#version: 0.2\n",
+        "special_tokens_map.json": "{\n}",
+        "added_tokens.json": "{}\n",
+    }
     for name, text in published.items():
         (old / name).write_text(text)
     (old / "model.safetensors").write_bytes(b"weights are saved elsewhere")
@@ -442,7 +560,9 @@ def test_a_tokenizer_is_saved_even_when_the_directory_it_was_read_from_is_gone(t
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "step-000100"))
     shutil.rmtree(tmp_path / "step-000100")
     tokenizer.save_pretrained(tmp_path / "step-000300")
-    assert Tokenizer.from_pretrained(tmp_path / "step-000300").encode("hi") == tokenizer.encode("hi")
+    assert Tokenizer.from_pretrained(tmp_path / "step-000300").encode("hi") == tokenizer.encode(
+        "hi"
+    )
 
 
 def test_a_tokenizer_can_be_saved_where_it_was_read(tmp_path):

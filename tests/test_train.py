@@ -34,10 +34,19 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    "training.batch_size=12", "training.num_questions_per_batch=4", "training.max_gen_len=24", "training.max_steps=6",
-    "training.eval_interval=3", "training.ckpt_save_interval=2", "training.micro_batch_tokens=300", "training.max_skipped_steps=2",
-    "training.skip_unfinished_episodes=false", "training.warmup_steps=3", "data.test_size=5", "task=tests.letters_task",
-]  # fmt: skip
+    "training.batch_size=12",
+    "training.num_questions_per_batch=4",
+    "training.max_gen_len=24",
+    "training.max_steps=6",
+    "training.eval_interval=3",
+    "training.ckpt_save_interval=2",
+    "training.micro_batch_tokens=300",
+    "training.max_skipped_steps=2",
+    "training.skip_unfinished_episodes=false",
+    "training.warmup_steps=3",
+    "data.test_size=5",
+    "task=tests.letters_task",
+]
 ANSWERS, HELD_OUT = 12, 5  # of a step, of an evaluation: calls of the reward function
 
 
@@ -46,7 +55,14 @@ pytestmark = pytest.mark.usefixtures("own_signals", "one_thread")
 
 
 def command(output_dir, model, *overrides) -> list[str]:
-    return ["--config", str(ROOT / "config_tiny.yaml"), f"output_dir={output_dir}", f"model.path={model}", *SMALL, *overrides]
+    return [
+        "--config",
+        str(ROOT / "config_tiny.yaml"),
+        f"output_dir={output_dir}",
+        f"model.path={model}",
+        *SMALL,
+        *overrides,
+    ]
 
 
 def saved(directory: Path) -> list[str]:
@@ -73,7 +89,9 @@ class Planted:
 def plant_reward(monkeypatch, spoil, *, step: int, answer: int = 7) -> None:
     """Let something happen at the reward of one answer of a step of SMALL, whose evaluations come before steps 1 and 4."""
     call = HELD_OUT * (1 + (step > 3)) + ANSWERS * (step - 1) + answer
-    monkeypatch.setattr(letters_task, "reward_function", Planted(letters_task.reward_function, spoil, [call]))
+    monkeypatch.setattr(
+        letters_task, "reward_function", Planted(letters_task.reward_function, spoil, [call])
+    )
 
 
 # ---------------------------------------------------------------- other processes
@@ -102,15 +120,29 @@ for line in sys.stdin:
 def processes(tmp_path_factory):
     """Starts train.py as a process of its own, one at a time; importing torch once for all of them saves seconds each."""
     tasks = tmp_path_factory.mktemp("tasks")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tasks}", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": ""}
-    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{tasks}",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONUNBUFFERED": "",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as server:
         assert server.stdout.readline() == "ready\n"
 
-        def start(arguments: list[str], *, threads: int = 1, out=tasks / "out", err=tasks / "out") -> SimpleNamespace:
+        def start(
+            arguments: list[str], *, threads: int = 1, out=tasks / "out", err=tasks / "out"
+        ) -> SimpleNamespace:
             for path in (tasks / "out", tasks / "err"):
                 path.unlink(missing_ok=True)
-            print(json.dumps([arguments, threads, str(out), str(err)]), file=server.stdin, flush=True)
+            print(
+                json.dumps([arguments, threads, str(out), str(err)]), file=server.stdin, flush=True
+            )
             pid = int(server.stdout.readline())
             return SimpleNamespace(pid=pid, wait=lambda: int(server.stdout.readline()))
 
@@ -130,7 +162,9 @@ def assert_same_run(directory: Path, reference: Path) -> None:
     last = saved(reference)[-1]
     ours, theirs = directory / "checkpoints" / last, reference / "checkpoints" / last
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-    (place, state), (place_2, state_2) = (checkpoint.read_checkpoint(path) for path in (ours, theirs))
+    (place, state), (place_2, state_2) = (
+        checkpoint.read_checkpoint(path) for path in (ours, theirs)
+    )
     assert place.optimizer_steps == place_2.optimizer_steps
     assert state.keys() == state_2.keys() == {"exp_avg", "exp_avg_sq"}
     assert all(torch.equal(state[name], state_2[name]) for name in state)
@@ -144,7 +178,9 @@ def unbroken(base_model, tmp_path_factory, processes):
     return SimpleNamespace(directory=directory, seconds=time.monotonic() - clock)
 
 
-def kill_and_resume(processes, arguments: list[str], directory: Path, kills: int, longest: float) -> None:
+def kill_and_resume(
+    processes, arguments: list[str], directory: Path, kills: int, longest: float
+) -> None:
     rng = random.Random(kills)
     resume = []
     for _ in range(kills):
@@ -159,7 +195,13 @@ def kill_and_resume(processes, arguments: list[str], directory: Path, kills: int
 
 def test_a_killed_run_equals_an_unbroken_one(base_model, unbroken, processes, tmp_path):
     # caught: saving the checkpoint after the evaluation; drawing evaluation from the rollout's generator
-    kill_and_resume(processes, command(tmp_path / "run", base_model), tmp_path / "run", kills=5, longest=unbroken.seconds)
+    kill_and_resume(
+        processes,
+        command(tmp_path / "run", base_model),
+        tmp_path / "run",
+        kills=5,
+        longest=unbroken.seconds,
+    )
     assert_same_run(tmp_path / "run", unbroken.directory)
 
 
@@ -169,7 +211,13 @@ def test_twenty_kills(base_model, processes, tmp_path):
     clock = time.monotonic()
     processes.finish(command(tmp_path / "reference", base_model, *longer))
     whole = time.monotonic() - clock
-    kill_and_resume(processes, command(tmp_path / "run", base_model, *longer), tmp_path / "run", kills=20, longest=0.5 * whole)
+    kill_and_resume(
+        processes,
+        command(tmp_path / "run", base_model, *longer),
+        tmp_path / "run",
+        kills=20,
+        longest=0.5 * whole,
+    )
     assert_same_run(tmp_path / "run", tmp_path / "reference")
 
 
@@ -177,8 +225,13 @@ def test_twenty_kills(base_model, processes, tmp_path):
 def test_two_runs_of_one_seed_are_equal_whatever_the_threads_do(base_model, processes, tmp_path):
     # Catches: `set_deterministic_debug_mode` dropped: at this size the threads add the gradient of the answers' first tokens to
     # one place, the end of their prompt, in the order they come.
-    settings = ["training.max_steps=5", "training.num_questions_per_batch=1", "training.batch_size=300", "training.max_gen_len=10",
-                "training.micro_batch_tokens=9000"]  # fmt: skip
+    settings = [
+        "training.max_steps=5",
+        "training.num_questions_per_batch=1",
+        "training.batch_size=300",
+        "training.max_gen_len=10",
+        "training.micro_batch_tokens=9000",
+    ]
     for name in ("one", "other"):
         processes.finish(command(tmp_path / name, base_model, *settings), threads=2)
     assert_same_run(tmp_path / "one", tmp_path / "other")
@@ -189,12 +242,16 @@ def test_two_runs_of_one_seed_are_equal_whatever_the_threads_do(base_model, proc
 
 # Catches: the sizes of the log taken at the save instead of after the step, which doubles the evaluation.
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_says_how_to_resume_and_nothing_is_doubled(signum, base_model, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_says_how_to_resume_and_nothing_is_doubled(
+    signum, base_model, unbroken, tmp_path, monkeypatch, capsys
+):
     arguments = command(tmp_path / "run", base_model, "training.ckpt_save_interval=100")
     plain, own = letters_task.reward_function, os.getpid()
     plant_reward(monkeypatch, lambda reward: os.kill(own, signum) or reward, step=4)
     assert train.main(arguments) == 128 + signum
-    assert "step-000003 is saved; go on with the same command and --resume" in capsys.readouterr().out
+    assert (
+        "step-000003 is saved; go on with the same command and --resume" in capsys.readouterr().out
+    )
     assert saved(tmp_path / "run") == ["step-000003"]
     monkeypatch.setattr(letters_task, "reward_function", plain)
     assert train.main([*command(tmp_path / "run", base_model), "--resume"]) == 0
@@ -205,7 +262,9 @@ def test_a_signal_saves_says_how_to_resume_and_nothing_is_doubled(signum, base_m
     board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in board.Scalars("metrics/reward")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in board.Scalars("eval/success")] == [0, 3, 6]
-    assert {f"samples/{kind}/text_summary" for kind in ("best", "worst", "longest")} <= set(board.Tags()["tensors"])
+    assert {f"samples/{kind}/text_summary" for kind in ("best", "worst", "longest")} <= set(
+        board.Tags()["tensors"]
+    )
 
 
 def test_after_a_signal_a_second_ends_at_once_and_a_terminal_may_hang_up_twice():
@@ -218,13 +277,17 @@ def test_after_a_signal_a_second_ends_at_once_and_a_terminal_may_hang_up_twice()
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_a_second_ctrl_c_ends_a_run_that_does_not_come_to_its_senses(base_model, processes, tmp_path):
+def test_a_second_ctrl_c_ends_a_run_that_does_not_come_to_its_senses(
+    base_model, processes, tmp_path
+):
     marker = tmp_path / "asleep"
     (processes.tasks / "sleeping_task.py").write_text(
         "import pathlib, time\nfrom countdown_task import Data, load_problems, render_prompt\n"
         f"def reward_function(response, **problem):\n    pathlib.Path({str(marker)!r}).touch()\n    time.sleep(60)\n"
     )
-    process = processes.start(command(tmp_path / "run", base_model, "task=sleeping_task", "training.reward_timeout=100"))
+    process = processes.start(
+        command(tmp_path / "run", base_model, "task=sleeping_task", "training.reward_timeout=100")
+    )
     end = time.monotonic() + 30
     while not marker.exists() and time.monotonic() < end:
         time.sleep(0.01)
@@ -240,11 +303,21 @@ def raise_an_error(_):
 
 
 # Catches: saving on signals only.
-@pytest.mark.parametrize(("name", "spoil", "call", "message"), [
-    ("reward_function", raise_an_error, HELD_OUT + 2 * ANSWERS + 7, "out of words"),
-    ("render_prompt", lambda prompt: prompt + "x" * 2500, HELD_OUT + 6 * 4 + 2 * 4 + 3, "exceed the model's"),
-])  # fmt: skip
-def test_a_task_that_fails_in_step_3_costs_that_step(name, spoil, call, message, base_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "spoil", "call", "message"),
+    [
+        ("reward_function", raise_an_error, HELD_OUT + 2 * ANSWERS + 7, "out of words"),
+        (
+            "render_prompt",
+            lambda prompt: prompt + "x" * 2500,
+            HELD_OUT + 6 * 4 + 2 * 4 + 3,
+            "exceed the model's",
+        ),
+    ],
+)
+def test_a_task_that_fails_in_step_3_costs_that_step(
+    name, spoil, call, message, base_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(letters_task, name, Planted(getattr(letters_task, name), spoil, [call]))
     assert train.main(command(tmp_path / "run", base_model, "training.ckpt_save_interval=100")) == 2
     error = capsys.readouterr().err
@@ -255,10 +328,16 @@ def test_a_task_that_fails_in_step_3_costs_that_step(name, spoil, call, message,
 
 # Catches: the check of the directory left out (the run ends well and says that a removed checkpoint is the model);
 # config.yaml not written with the checkpoint (there is no run to resume).
-@pytest.mark.parametrize(("step", "call"), [(4, 2 * HELD_OUT + 3 * ANSWERS + 7), (6, 2 * HELD_OUT + 6 * ANSWERS + 3)])
-def test_a_directory_removed_under_the_run_is_made_again_for_the_weights(step, call, base_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("step", "call"), [(4, 2 * HELD_OUT + 3 * ANSWERS + 7), (6, 2 * HELD_OUT + 6 * ANSWERS + 3)]
+)
+def test_a_directory_removed_under_the_run_is_made_again_for_the_weights(
+    step, call, base_model, tmp_path, monkeypatch, capsys
+):
     arguments, plain = command(tmp_path / "run", base_model), letters_task.reward_function
-    planted = Planted(plain, lambda reward: shutil.rmtree(tmp_path / "run") or reward, [call])  # in a step; in the last evaluation
+    planted = Planted(
+        plain, lambda reward: shutil.rmtree(tmp_path / "run") or reward, [call]
+    )  # in a step; in the last evaluation
     monkeypatch.setattr(letters_task, "reward_function", planted)
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
@@ -269,7 +348,9 @@ def test_a_directory_removed_under_the_run_is_made_again_for_the_weights(step, c
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(step + 1, 7))
 
 
-def test_a_directory_that_another_run_may_have_is_left_alone(base_model, tmp_path, monkeypatch, capsys):
+def test_a_directory_that_another_run_may_have_is_left_alone(
+    base_model, tmp_path, monkeypatch, capsys
+):
     def replace(reward):
         (tmp_path / "run").rename(tmp_path / "moved")
         (tmp_path / "run").mkdir()
@@ -297,7 +378,10 @@ def test_the_process_of_the_reward_ends_with_the_run(base_model, tmp_path, monke
     gc.disable()
     try:
         assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
-        status, end = Path(f"/proc/{(tmp_path / 'keeper').read_text()}/status"), time.monotonic() + 10
+        status, end = (
+            Path(f"/proc/{(tmp_path / 'keeper').read_text()}/status"),
+            time.monotonic() + 10,
+        )
         while "zombie" not in status.read_text() and time.monotonic() < end:
             time.sleep(0.01)
         assert "zombie" in status.read_text()
@@ -308,7 +392,9 @@ def test_the_process_of_the_reward_ends_with_the_run(base_model, tmp_path, monke
 def test_a_closed_pipe_ends_the_run_with_its_weights_saved(base_model, processes, tmp_path):
     pipe, errors = tmp_path / "pipe", processes.tasks / "err"
     os.mkfifo(pipe)
-    arguments = command(tmp_path / "run", base_model, "training.ckpt_save_interval=100", "training.max_steps=1000")
+    arguments = command(
+        tmp_path / "run", base_model, "training.ckpt_save_interval=100", "training.max_steps=1000"
+    )
     process = processes.start(arguments, out=pipe, err=errors)
     with open(pipe) as reader:
         while reader.readline().split()[:1] != ["2"]:
@@ -337,18 +423,27 @@ def largest_file(size: int):
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(full, finished, capsys):
     directory, arguments = finished
     [events] = (directory / "tensorboard").iterdir()
-    size = events.stat().st_size + 1000 if full == "log" else (directory / "checkpoints/step-000004" / full).stat().st_size - 1000
+    size = (
+        events.stat().st_size + 1000
+        if full == "log"
+        else (directory / "checkpoints/step-000004" / full).stat().st_size - 1000
+    )
     with largest_file(size):
         assert train.main(arguments) == 1
     first, lost, kept = capsys.readouterr().err.splitlines()
     if full == "log":
         assert first.startswith("error: [Errno 27] File too large")
-        assert lost.startswith("the steps after 4 are lost: the checkpoint of step 5 could not be written")
+        assert lost.startswith(
+            "the steps after 4 are lost: the checkpoint of step 5 could not be written"
+        )
     else:
         assert first.startswith("error: the checkpoint of step 6 could not be written")
         assert full in first
         assert lost == "the steps after 4 are lost"
-    assert kept == f"{directory}/checkpoints/step-000004 is saved; go on with the same command and --resume"
+    assert (
+        kept
+        == f"{directory}/checkpoints/step-000004 is saved; go on with the same command and --resume"
+    )
     assert saved(directory) == ["step-000002", "step-000004"]
     assert train.main(arguments) == 0
 
@@ -399,7 +494,9 @@ def parts_of_two_kinds(path: Path) -> None:
     state = load_file(path / "optimizer.tensors")
     (path / "optimizer.tensors").unlink()
     save_file(state, path / "optimizer-00001-of-00002.tensors")
-    save_file({name: state[name] for name in ("exp_avg",)}, path / "optimizer-00002-of-00002.tensors")
+    save_file(
+        {name: state[name] for name in ("exp_avg",)}, path / "optimizer-00002-of-00002.tensors"
+    )
 
 
 def zeros(file: Path) -> None:
@@ -408,28 +505,79 @@ def zeros(file: Path) -> None:
 
 NORM = "model.norm.weight"
 DAMAGE = {
-    "truncated weights": (lambda p: os.truncate(p / "model.safetensors", 1000), "model.safetensors is damaged"),
-    "a bit of the weights": (lambda p: flip_a_bit(p / "model.safetensors"), "model.safetensors is damaged"),
+    "truncated weights": (
+        lambda p: os.truncate(p / "model.safetensors", 1000),
+        "model.safetensors is damaged",
+    ),
+    "a bit of the weights": (
+        lambda p: flip_a_bit(p / "model.safetensors"),
+        "model.safetensors is damaged",
+    ),
     "zeros for a state": (lambda p: zeros(p / "optimizer.tensors"), "optimizer.tensors is damaged"),
     "zeros for a place": (lambda p: zeros(p / "trainer.json"), "trainer.json is damaged"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is not there"),
     "not complete": (lambda p: (p / "complete.json").unlink(), "complete.json does not exist"),
-    **{f"sums {text[:9]}": (lambda p, text=text: (p / "complete.json").write_text(text), "complete.json")
-       for text in ("[]", "3", "null", "{}", '{"trainer.json"', "[" * 100_000, '{"../x": "0"}', '{"config.json": 1}')},
-    **{f"place {text[:9]}": (signed(lambda p, text=text: (p / "trainer.json").write_text(text)), "trainer.json")
-       for text in ("[]", "3", "null", "{}", '{"step": 4}', "[" * 100_000, "{" * 100)},
-    **{f"step {step!r}": (signed(lambda p, step=step: edit_json(p / "trainer.json", step=step)), "trainer.json: step")
-       for step in ("4", -4, 4.0, True, None, [4])},
-    "no log sizes": (signed(lambda p: edit_json(p / "trainer.json", log_sizes={"metrics.jsonl": -1})), "trainer.json: log_sizes"),
+    **{
+        f"sums {text[:9]}": (
+            lambda p, text=text: (p / "complete.json").write_text(text),
+            "complete.json",
+        )
+        for text in (
+            "[]",
+            "3",
+            "null",
+            "{}",
+            '{"trainer.json"',
+            "[" * 100_000,
+            '{"../x": "0"}',
+            '{"config.json": 1}',
+        )
+    },
+    **{
+        f"place {text[:9]}": (
+            signed(lambda p, text=text: (p / "trainer.json").write_text(text)),
+            "trainer.json",
+        )
+        for text in ("[]", "3", "null", "{}", '{"step": 4}', "[" * 100_000, "{" * 100)
+    },
+    **{
+        f"step {step!r}": (
+            signed(lambda p, step=step: edit_json(p / "trainer.json", step=step)),
+            "trainer.json: step",
+        )
+        for step in ("4", -4, 4.0, True, None, [4])
+    },
+    "no log sizes": (
+        signed(lambda p: edit_json(p / "trainer.json", log_sizes={"metrics.jsonl": -1})),
+        "trainer.json: log_sizes",
+    ),
     "a copy": (copy_of_the_second, "it is a copy of step 2"),
     "no weights": (signed(lambda p: (p / "model.safetensors").unlink()), "it holds no weights"),
-    "not finite": (signed(lambda p: damage_weights(p, lambda t: t[NORM].fill_(math.nan))), f"{NORM} holds numbers that are not"),
-    "no state": (signed(lambda p: (p / "optimizer.tensors").unlink()), "complete.json lacks optimizer.tensors"),
-    "half a state": (signed(lambda p: (p / "optimizer.tensors").rename(p / "optimizer-00001-of-00002.tensors")), "not all parts"),
-    "parts of two kinds": (signed(parts_of_two_kinds), "the parts of the optimizer's state do not belong together"),
-    "a file outside": (lambda p: edit_json(p / "complete.json", **{"../x": "0"}), "'../x', which is no file of the checkpoint"),
-    "a state of noise": (signed(lambda p: (p / "optimizer.tensors").write_bytes(b"noise" * 99)), "optimizer.tensors is damaged"),
-}  # fmt: skip
+    "not finite": (
+        signed(lambda p: damage_weights(p, lambda t: t[NORM].fill_(math.nan))),
+        f"{NORM} holds numbers that are not",
+    ),
+    "no state": (
+        signed(lambda p: (p / "optimizer.tensors").unlink()),
+        "complete.json lacks optimizer.tensors",
+    ),
+    "half a state": (
+        signed(lambda p: (p / "optimizer.tensors").rename(p / "optimizer-00001-of-00002.tensors")),
+        "not all parts",
+    ),
+    "parts of two kinds": (
+        signed(parts_of_two_kinds),
+        "the parts of the optimizer's state do not belong together",
+    ),
+    "a file outside": (
+        lambda p: edit_json(p / "complete.json", **{"../x": "0"}),
+        "'../x', which is no file of the checkpoint",
+    ),
+    "a state of noise": (
+        signed(lambda p: (p / "optimizer.tensors").write_bytes(b"noise" * 99)),
+        "optimizer.tensors is damaged",
+    ),
+}
 
 
 # Catches: sizes instead of checksums; complete.json taken for an object without looking; the step not compared with the name.
@@ -495,7 +643,16 @@ def test_half_written_checkpoints_are_cleaned_up_and_other_things_left_alone(fin
 
 
 def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
-    for name in ("step-1000000", "step-999999", "step-000020", "step-000003", "step-zzz", "step-", "step-3", "step-٠٠٠٠٠٧"):
+    for name in (
+        "step-1000000",
+        "step-999999",
+        "step-000020",
+        "step-000003",
+        "step-zzz",
+        "step-",
+        "step-3",
+        "step-٠٠٠٠٠٧",
+    ):
         (tmp_path / name).mkdir()
     found = [path.name for path in checkpoint.checkpoints(tmp_path)]
     assert found == ["step-000003", "step-000020", "step-999999", "step-1000000"]
@@ -508,7 +665,11 @@ def test_a_checkpoint_is_a_model_directory_and_holds_nothing_that_runs(finished)
     sums = json.loads((path / "complete.json").read_text())
     assert {file.name for file in path.iterdir()} == {*sums, "complete.json"}
     assert all(int(sums[name], 16) == zlib.crc32((path / name).read_bytes()) for name in sums)
-    assert not [file for file in path.iterdir() if file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
+    assert not [
+        file
+        for file in path.iterdir()
+        if file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    ]
 
 
 def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
@@ -524,9 +685,14 @@ def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
 
 
 # Catches: json.loads in OutputDirectory.read; "eval/success" alone looked for by _outcome, after the last step.
-@pytest.mark.parametrize(("line", "code", "said"), [
-    ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"), ('{"step": 0, "eval/success": null}', 0, "after: "),
-], ids=["deep", "null"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("[" * 99_999, 2, "metrics.jsonl, line 1, is not valid JSON"),
+        ('{"step": 0, "eval/success": null}', 0, "after: "),
+    ],
+    ids=["deep", "null"],
+)
 def test_a_resumed_run_reads_its_log_as_everything_else_does(line, code, said, finished, capsys):
     directory, arguments = finished
     whole = (directory / "metrics.jsonl").read_text().split("\n")
@@ -551,7 +717,14 @@ def test_two_runs_cannot_share_a_directory(finished, base_model, tmp_path, capsy
         for path in directory.iterdir():
             path.rename(tmp_path / path.name)
         assert train.main(command(directory, base_model)) == 2
-        for path in ("metrics.jsonl", "samples.jsonl", "timings.jsonl", "config.yaml", "checkpoints", "tensorboard"):
+        for path in (
+            "metrics.jsonl",
+            "samples.jsonl",
+            "timings.jsonl",
+            "config.yaml",
+            "checkpoints",
+            "tensorboard",
+        ):
             (tmp_path / path).rename(directory / path)
     assert capsys.readouterr().err.count("in use by another run") == 2
     assert train.main(arguments) == 0
@@ -570,7 +743,9 @@ def test_a_run_without_a_checkpoint_starts_over_from_its_own_model(finished, tmp
     directory, _ = finished
     before = (directory / "metrics.jsonl").read_text()
     shutil.rmtree(directory / "checkpoints")
-    (tmp_path / "other.yaml").write_text(f"extends: {ROOT}/config_tiny.yaml\nmodel: {{path: absent}}\n")
+    (tmp_path / "other.yaml").write_text(
+        f"extends: {ROOT}/config_tiny.yaml\nmodel: {{path: absent}}\n"
+    )
     arguments = ["--config", f"{tmp_path}/other.yaml", "--resume", f"output_dir={directory}"]
     assert train.main([*arguments, "model.path=elsewhere"]) == 2
     assert "model.path=elsewhere does not exist" in capsys.readouterr().err
@@ -588,7 +763,10 @@ def test_a_run_is_never_overwritten(finished, base_model, capsys):
     assert not (directory / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("change", ["data.max_number=9", "training.seed=2", "training.batch_size=16", "task=countdown_task"])
+@pytest.mark.parametrize(
+    "change",
+    ["data.max_number=9", "training.seed=2", "training.batch_size=16", "task=countdown_task"],
+)
 def test_what_may_not_change_is_refused_by_name(change, finished, capsys):
     directory, arguments = finished
     for _ in ("from a checkpoint", "from the beginning"):
@@ -600,8 +778,13 @@ def test_what_may_not_change_is_refused_by_name(change, finished, capsys):
 # Catches: --config's file taken for the run's; what it says about output_dir kept where the run was moved from.
 def test_a_resumed_run_goes_by_its_own_config(finished, tmp_path, capsys):
     directory, _ = finished
-    (tmp_path / "other.yaml").write_text(f"extends: {ROOT}/config_tiny.yaml\noutput_dir: {directory}\ntask: countdown_task\n")
-    assert train.main(["--resume", "--config", str(tmp_path / "other.yaml"), "training.max_steps=5"]) == 0
+    (tmp_path / "other.yaml").write_text(
+        f"extends: {ROOT}/config_tiny.yaml\noutput_dir: {directory}\ntask: countdown_task\n"
+    )
+    assert (
+        train.main(["--resume", "--config", str(tmp_path / "other.yaml"), "training.max_steps=5"])
+        == 0
+    )
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert [note.split()[1] for note in notes] == ["output_dir", "training.max_steps"]
     assert [r["step"] for r in records(directory)] == [1, 2, 3, 4, 5]
@@ -621,14 +804,19 @@ def test_an_output_directory_that_cannot_be_one_is_named(name, base_model, tmp_p
     # Catches: the bare errno of mkdir.
     (tmp_path / "file").write_text("")
     assert train.main(command(tmp_path / name, base_model)) == 2
-    assert capsys.readouterr().err.startswith(f"error: output_dir={tmp_path / name} is, or lies in, something")
+    assert capsys.readouterr().err.startswith(
+        f"error: output_dir={tmp_path / name} is, or lies in, something"
+    )
 
 
 def test_a_run_beyond_max_steps_is_refused_before_anything_changes(finished, capsys):
     directory, arguments = finished
     before = (directory / "config.yaml").read_bytes()
     assert train.main([*arguments, "training.max_steps=3"]) == 2
-    assert capsys.readouterr().err == "error: the run is at step 4, beyond training.max_steps=3; raise it\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the run is at step 4, beyond training.max_steps=3; raise it\n"
+    )
     assert (directory / "config.yaml").read_bytes() == before
     assert len(records(directory)) == 4
 
@@ -636,11 +824,23 @@ def test_a_run_beyond_max_steps_is_refused_before_anything_changes(finished, cap
 def test_less_memory_gives_the_same_answers(finished_run, base_model, tmp_path, monkeypatch):
     # Catches: random numbers that belong to the place in the batch instead of to the answer.
     plan, count, slots = run.make_plan, generate.count_slots, []
-    monkeypatch.setattr(run, "make_plan", lambda *args, **kwargs: replace(plan(*args, **kwargs), cache_bytes=3 * 128 * (24 + 24)))
-    monkeypatch.setattr(generate, "count_slots", lambda *args, **kwargs: slots.append(count(*args, **kwargs)) or slots[-1])
+    monkeypatch.setattr(
+        run,
+        "make_plan",
+        lambda *args, **kwargs: replace(plan(*args, **kwargs), cache_bytes=3 * 128 * (24 + 24)),
+    )
+    monkeypatch.setattr(
+        generate,
+        "count_slots",
+        lambda *args, **kwargs: slots.append(count(*args, **kwargs)) or slots[-1],
+    )
     assert train.main(command(tmp_path / "run", base_model, "training.max_steps=2")) == 0
-    ours, whole = ((directory / "samples.jsonl").read_text() for directory in (tmp_path / "run", finished_run))
-    assert [json.loads(line)["text"] for line in ours.splitlines()] == [json.loads(line)["text"] for line in whole.splitlines()[:6]]
+    ours, whole = (
+        (directory / "samples.jsonl").read_text() for directory in (tmp_path / "run", finished_run)
+    )
+    assert [json.loads(line)["text"] for line in ours.splitlines()] == [
+        json.loads(line)["text"] for line in whole.splitlines()[:6]
+    ]
     assert slots[1:3] == [3, 3]
 
 
@@ -682,7 +882,9 @@ def test_a_nan_logit_skips_the_step(base_model, tmp_path, monkeypatch):
     assert sum("not finite" in s.get("skipped", "") for s in steps) == 1
 
 
-def test_a_nan_gradient_skips_the_step_and_five_end_the_run(base_model, tmp_path, monkeypatch, capsys):
+def test_a_nan_gradient_skips_the_step_and_five_end_the_run(
+    base_model, tmp_path, monkeypatch, capsys
+):
     plain = train.AdamW
 
     def with_hook(params, **kwargs):
@@ -694,7 +896,10 @@ def test_a_nan_gradient_skips_the_step_and_five_end_the_run(base_model, tmp_path
     code, steps = run_with(base_model, tmp_path / "run")
     assert code == 1
     assert len(steps) == 2  # training.max_skipped_steps
-    assert all(s["skipped"] == "the loss or the gradient is not finite" and s["skipped_questions"] for s in steps)
+    assert all(
+        s["skipped"] == "the loss or the gradient is not finite" and s["skipped_questions"]
+        for s in steps
+    )
     error = capsys.readouterr().err
     assert "2 steps in a row were skipped" in error
     assert "step-000002 is saved" in error
@@ -702,7 +907,9 @@ def test_a_nan_gradient_skips_the_step_and_five_end_the_run(base_model, tmp_path
 
 # Catches: the weights looked at only when they are saved; the step's number noted before they are looked at.
 @pytest.mark.parametrize("interval", [1, 100])
-def test_weights_that_are_not_finite_are_never_saved(interval, base_model, tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_never_saved(
+    interval, base_model, tmp_path, monkeypatch, capsys
+):
     def spoil(stats):
         optimizer.params[2].data[0] = math.inf
         return stats
@@ -730,13 +937,20 @@ def test_weights_that_are_not_finite_are_never_saved(interval, base_model, tmp_p
         assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_no_good_checkpoint_is_removed_for_a_step_that_was_skipped(base_model, tmp_path, monkeypatch):
+def test_no_good_checkpoint_is_removed_for_a_step_that_was_skipped(
+    base_model, tmp_path, monkeypatch
+):
     # Catches: `keep` without a look at skipped_in_a_row.
     plant_reward(monkeypatch, lambda r: Reward(math.nan, r.parts), step=3)
     settings = ["training.keep_checkpoints=1", "training.ckpt_save_interval=1"]
     assert train.main(command(tmp_path / "run", base_model, *settings, "training.max_steps=3")) == 0
     assert saved(tmp_path / "run") == ["step-000002", "step-000003"]
-    assert train.main([*command(tmp_path / "run", base_model, *settings, "training.max_steps=4"), "--resume"]) == 0
+    assert (
+        train.main(
+            [*command(tmp_path / "run", base_model, *settings, "training.max_steps=4"), "--resume"]
+        )
+        == 0
+    )
     assert saved(tmp_path / "run") == ["step-000004"]
 
 
@@ -756,7 +970,9 @@ def test_a_reward_that_sleeps_is_cut_off(base_model, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(letters_task, "reward_function", plain)
     plant_reward(monkeypatch, sleep_once, step=2, answer=3)
-    code, steps = run_with(base_model, tmp_path / "zero", "training.reward_timeout=0.2", "training.reward_errors=zero")
+    code, steps = run_with(
+        base_model, tmp_path / "zero", "training.reward_timeout=0.2", "training.reward_errors=zero"
+    )
     assert code == 0
     assert sum(s.get("rewards/error", 0.0) for s in steps) == pytest.approx(1 / 12)
 
@@ -769,12 +985,27 @@ def test_numbers_that_are_not_finite_are_null_however_deep(tmp_path):
         log = OutputDirectory(tmp_path, closing)
         log.open_log({})
         log.write("timings.jsonl", {"step": 1, "seconds": math.inf, "memory/update": 0.1})
-        log.write("samples.jsonl", {
-            "step": 1, "kind": "best", "question": "?", "text": "NaN", "reward": math.nan, "advantage": -math.inf,
-            "parts": {"answer": math.nan}, "length": 2, "finished": True,
-        })  # fmt: skip
-    assert (tmp_path / "timings.jsonl").read_text() == '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
-    assert '"text": "NaN", "reward": null, "advantage": null, "parts": {"answer": null}' in (tmp_path / "samples.jsonl").read_text()
+        log.write(
+            "samples.jsonl",
+            {
+                "step": 1,
+                "kind": "best",
+                "question": "?",
+                "text": "NaN",
+                "reward": math.nan,
+                "advantage": -math.inf,
+                "parts": {"answer": math.nan},
+                "length": 2,
+                "finished": True,
+            },
+        )
+    assert (
+        tmp_path / "timings.jsonl"
+    ).read_text() == '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
+    assert (
+        '"text": "NaN", "reward": null, "advantage": null, "parts": {"answer": null}'
+        in (tmp_path / "samples.jsonl").read_text()
+    )
 
 
 def test_the_log_of_a_process_that_does_not_write_is_empty():
@@ -786,7 +1017,9 @@ def test_the_log_of_a_process_that_does_not_write_is_empty():
 
 def test_every_number_of_a_run_stands_in_the_docs(finished_run):
     text = (ROOT / "docs/metrics.md").read_text()
-    lines = (finished_run / "metrics.jsonl").read_text() + (finished_run / "timings.jsonl").read_text()
+    lines = (finished_run / "metrics.jsonl").read_text() + (
+        finished_run / "timings.jsonl"
+    ).read_text()
     written = map(json.loads, lines.splitlines())
     names = {name for record in written for name in record} - {"step"}
     assert len(names) > 35
@@ -798,27 +1031,53 @@ def test_every_number_of_a_run_stands_in_the_docs(finished_run):
 
 MODEL_DAMAGE = {
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "model.safetensors"),
-    "truncated weights": (lambda p: os.truncate(p / "model.safetensors", 3000), "model.safetensors"),
-    "garbage weights": (lambda p: (p / "model.safetensors").write_bytes(b"garbage" * 100), "model.safetensors"),
+    "truncated weights": (
+        lambda p: os.truncate(p / "model.safetensors", 3000),
+        "model.safetensors",
+    ),
+    "garbage weights": (
+        lambda p: (p / "model.safetensors").write_bytes(b"garbage" * 100),
+        "model.safetensors",
+    ),
     "missing tensor": (lambda p: damage_weights(p, lambda t: t.pop(NORM)), NORM),
-    "unexpected tensor": (lambda p: damage_weights(p, lambda t: t.update(extra=torch.zeros(2))), "extra"),
+    "unexpected tensor": (
+        lambda p: damage_weights(p, lambda t: t.update(extra=torch.zeros(2))),
+        "extra",
+    ),
     "wrong shape": (lambda p: damage_weights(p, lambda t: t.update({NORM: torch.zeros(3)})), NORM),
-    "missing shard": (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
-                      "model-2.safetensors"),
+    "missing shard": (
+        lambda p: (p / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-2.safetensors"}}'
+        ),
+        "model-2.safetensors",
+    ),
     "broken index": (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json"),
     "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
     "truncated config": (lambda p: os.truncate(p / "config.json", 40), "config.json"),
     "other model": (lambda p: edit_json(p / "config.json", model_type="llama"), "model_type"),
-    "config of a larger model": (lambda p: edit_json(p / "config.json", vocab_size=9999), "embed_tokens"),
+    "config of a larger model": (
+        lambda p: edit_json(p / "config.json", vocab_size=9999),
+        "embed_tokens",
+    ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
     "truncated tokenizer": (lambda p: os.truncate(p / "tokenizer.json", 100), "tokenizer.json"),
-    "hostile template": (lambda p: edit_json(p / "tokenizer_config.json", chat_template="{{ ''.__class__.__mro__ }}"), "template"),
-    "unknown stop id": (lambda p: edit_json(p / "generation_config.json", eos_token_id=[99999]), "stop ids"),
-}  # fmt: skip
+    "hostile template": (
+        lambda p: edit_json(
+            p / "tokenizer_config.json", chat_template="{{ ''.__class__.__mro__ }}"
+        ),
+        "template",
+    ),
+    "unknown stop id": (
+        lambda p: edit_json(p / "generation_config.json", eos_token_id=[99999]),
+        "stop ids",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", MODEL_DAMAGE)
-def test_a_damaged_model_is_a_one_line_error_and_leaves_nothing_behind(kind, base_model, tmp_path, capsys):
+def test_a_damaged_model_is_a_one_line_error_and_leaves_nothing_behind(
+    kind, base_model, tmp_path, capsys
+):
     damage, named = MODEL_DAMAGE[kind]
     model = tmp_path / "model"
     shutil.copytree(base_model, model)
@@ -861,16 +1120,25 @@ def test_a_damaged_dataset_is_an_error_without_traceback(kind, base_model, tmp_p
 # Catches: the first that is missing raised at once; a remedy that does not fit what is missing.
 def test_all_that_is_missing_is_named_with_its_way_out(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
-    nowhere = command(tmp_path / "run", tmp_path / "Qwen2.5-3B-Instruct", f"data.path={tmp_path / 'Countdown-Tasks-3to4'}")
+    nowhere = command(
+        tmp_path / "run",
+        tmp_path / "Qwen2.5-3B-Instruct",
+        f"data.path={tmp_path / 'Countdown-Tasks-3to4'}",
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train.main([*nowhere, "model.device=cuda"]) == 2
     error = capsys.readouterr().err
     assert "no CUDA device" in error
-    assert f"hf download Qwen/Qwen2.5-3B-Instruct --local-dir {tmp_path}/Qwen2.5-3B-Instruct" in error
+    assert (
+        f"hf download Qwen/Qwen2.5-3B-Instruct --local-dir {tmp_path}/Qwen2.5-3B-Instruct" in error
+    )
     assert "hf download Jiayi-Pan/Countdown-Tasks-3to4" in error
     assert "config_tiny.yaml" in error
     assert list((tmp_path / "run").iterdir()) == []  # it stood there before
-    assert train.main([*nowhere, f"model.path={tmp_path}/none", f"data.path={tmp_path}/foo.jsonl"]) == 2
+    assert (
+        train.main([*nowhere, f"model.path={tmp_path}/none", f"data.path={tmp_path}/foo.jsonl"])
+        == 2
+    )
     error = capsys.readouterr().err
     assert f"model.path={tmp_path}/none does not exist" in error
     assert f"{tmp_path}/foo.jsonl does not exist" in error
@@ -899,14 +1167,20 @@ def test_a_prompt_too_long_of_the_last_step_is_refused_at_the_start(base_model, 
     assert train.main(late_problem(base_model, tmp_path, [7] * 2500)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the problem {'numbers': [7, 7, ")
-    assert "exceed the model's 2048 positions (max_position_embeddings); shorten the prompt" in error  # not: max_gen_len=-5000
+    assert (
+        "exceed the model's 2048 positions (max_position_embeddings); shorten the prompt" in error
+    )  # not: max_gen_len=-5000
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_is_heard_while_prompts_are_looked_at(base_model, tmp_path, monkeypatch, capsys):
     # Catches: no look at the signals in _check_lengths: the problem of the last step is met first.
-    interrupt = Planted(letters_task.render_prompt, lambda prompt: os.kill(os.getpid(), signal.SIGTERM) or prompt, [HELD_OUT + 3])
+    interrupt = Planted(
+        letters_task.render_prompt,
+        lambda prompt: os.kill(os.getpid(), signal.SIGTERM) or prompt,
+        [HELD_OUT + 3],
+    )
     monkeypatch.setattr(letters_task, "render_prompt", interrupt)
     assert train.main(late_problem(base_model, tmp_path, [7] * 2500)) == 128 + signal.SIGTERM
     assert capsys.readouterr().out.endswith("interrupted\n")
@@ -916,30 +1190,51 @@ def test_a_signal_is_heard_while_prompts_are_looked_at(base_model, tmp_path, mon
 @pytest.mark.parametrize(("config", "limit"), [("config.yaml", 44), ("config_24GB.yaml", 23)])
 def test_the_shipped_plans_fit_their_cards(config, limit, capsys):
     assert train.main(["--config", str(ROOT / config), "--plan"]) == 0
-    totals = next(line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
+    totals = next(
+        line.split()[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("total")
+    )
     assert all(float(total) < limit for total in totals)
 
 
 def test_a_plan_that_does_not_fit_says_what_would(capsys):
-    assert train.main(["--config", str(ROOT / "config.yaml"), "--plan", "training.micro_batch_tokens=60000"]) == 2
+    assert (
+        train.main(
+            ["--config", str(ROOT / "config.yaml"), "--plan", "training.micro_batch_tokens=60000"]
+        )
+        == 2
+    )
     assert "set training.micro_batch_tokens=" in capsys.readouterr().err
     assert train.main(["--config", str(ROOT / "config.yaml"), "--plan", "model.memory_gib=23"]) == 2
     assert "set optimizer.offload=true" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("change", "code", "message"), [
-    ({"prompt_token_ids": [1]}, 2, "made for another prompt or tokenizer; make it anew: remove it, then uv run warm_start.py"),
-    ({"task": "sums"}, 0, "was made for task=sums and knows nothing of tests.letters_task"),
-    ({}, 0, ""),
-], ids=["prompt", "task", "neither"])  # fmt: skip
-def test_a_base_model_made_for_something_else_is_noticed(change, code, message, base_model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (
+            {"prompt_token_ids": [1]},
+            2,
+            "made for another prompt or tokenizer; make it anew: remove it, then uv run warm_start.py",
+        ),
+        ({"task": "sums"}, 0, "was made for task=sums and knows nothing of tests.letters_task"),
+        ({}, 0, ""),
+    ],
+    ids=["prompt", "task", "neither"],
+)
+def test_a_base_model_made_for_something_else_is_noticed(
+    change, code, message, base_model, tmp_path, capsys
+):
     # Catches: `!= made_for["prompt_token_ids"]` -> `== …`; the two messages exchanged.
     model = shutil.copytree(base_model, tmp_path / "model")
     problem = {"numbers": [3, 5, 7], "target": 22}
     tokenizer = Tokenizer.from_pretrained(model)
     ids = tokenizer.encode(letters_task.render_prompt(problem, tokenizer))
     (model / "made_for.json").write_text(
-        json.dumps({"task": "tests.letters_task", "problem": problem, "prompt_token_ids": ids} | change)
+        json.dumps(
+            {"task": "tests.letters_task", "problem": problem, "prompt_token_ids": ids} | change
+        )
     )
     assert train.main(command(tmp_path / "run", model, "training.max_steps=1")) == code
     output = "".join(capsys.readouterr())
@@ -950,5 +1245,12 @@ def test_a_base_model_made_for_something_else_is_noticed(change, code, message, 
 @pytest.mark.parametrize("supported", [False, True])
 def test_emulated_bf16_is_warned_of(supported, base_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1", "model.dtype=bfloat16")) == 0
-    assert ("times slower in it; set model.dtype=float32" in capsys.readouterr().out) is not supported
+    assert (
+        train.main(
+            command(tmp_path / "run", base_model, "training.max_steps=1", "model.dtype=bfloat16")
+        )
+        == 0
+    )
+    assert (
+        "times slower in it; set model.dtype=float32" in capsys.readouterr().out
+    ) is not supported

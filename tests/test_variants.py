@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))
 STEP = 0.003  # of the descent that stands in for the optimizer: a second step starts from other weights
 pytestmark = pytest.mark.skipif(
-    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="patches are applied by git to a copy of a git checkout"
+    shutil.which("git") is None or not (ROOT / ".git").exists(),
+    reason="patches are applied by git to a copy of a git checkout",
 )
 
 
@@ -72,19 +73,29 @@ def answer_logprobs(model, e: Episode) -> torch.Tensor:
     tokens = e.prompt_token_ids + e.response_token_ids
     logits_SV = model(torch.tensor([tokens])).logits[0, :, :VOCAB] / TEMPERATURE
     start = len(e.prompt_token_ids)
-    return torch.log_softmax(logits_SV, dim=-1)[range(start - 1, len(tokens) - 1), e.response_token_ids]
+    return torch.log_softmax(logits_SV, dim=-1)[
+        range(start - 1, len(tokens) - 1), e.response_token_ids
+    ]
 
 
 def clipped(ratio: torch.Tensor, advantage: float, low: float, high: float) -> torch.Tensor:
     bounded = min(max(ratio.item(), 1 - low), 1 + high)
-    return ratio * advantage if ratio.item() * advantage <= bounded * advantage else bounded * advantage + 0.0 * ratio
+    return (
+        ratio * advantage
+        if ratio.item() * advantage <= bounded * advantage
+        else bounded * advantage + 0.0 * ratio
+    )
 
 
-def equation(name: str, episodes: list[Episode], i: int, logprobs: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def equation(
+    name: str, episodes: list[Episode], i: int, logprobs: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
     """What answer i adds to the loss; logprobs and start: of its tokens, by the policy and by the model training began with."""
     e = episodes[i]
     group = [other.reward.total for other in episodes if other.question_id == e.question_id]
-    others = [o.reward.total for j, o in enumerate(episodes) if o.question_id == e.question_id and j != i]
+    others = [
+        o.reward.total for j, o in enumerate(episodes) if o.question_id == e.question_id and j != i
+    ]
     difference = e.reward.total - fmean(group)
     advantage = 0.0 if len(set(group)) == 1 else difference / (pstdev(group) + 1e-4)
     kept = [other for other in episodes if other.is_finished or name == "soft-overlong"]
@@ -94,7 +105,9 @@ def equation(name: str, episodes: list[Episode], i: int, logprobs: torch.Tensor,
     if name == "rloo":
         return -(e.reward.total - fmean(others)) * logprobs.sum() / num_tokens
     if name == "gspo":
-        log_ratio = sum(new - old for new, old in zip(logprobs, e.response_logprobs, strict=True)) / len(logprobs)
+        log_ratio = sum(
+            new - old for new, old in zip(logprobs, e.response_logprobs, strict=True)
+        ) / len(logprobs)
         return -clipped(log_ratio.exp(), advantage, 0.0015, 0.002) / len(kept)
     total = torch.zeros(())
     for new, old, began in zip(logprobs, e.response_logprobs, start, strict=True):
@@ -103,13 +116,18 @@ def equation(name: str, episodes: list[Episode], i: int, logprobs: torch.Tensor,
         elif name == "truncated-is":
             total = total - min(math.exp(new.item() - old), 2.0) * advantage * new / num_tokens
         elif name == "kl":
-            total = total - (advantage * new - 0.04 * ((began - new).exp() - (began - new) - 1)) / num_tokens
+            total = (
+                total
+                - (advantage * new - 0.04 * ((began - new).exp() - (began - new) - 1)) / num_tokens
+            )
         else:
             total = total - advantage * new / num_tokens
     return total
 
 
-def expected_gradients(name: str, episodes: list[Episode], steps: int, *, skip_unfinished: bool) -> list[dict]:
+def expected_gradients(
+    name: str, episodes: list[Episode], steps: int, *, skip_unfinished: bool
+) -> list[dict]:
     model, start = reference_model(random_model()), reference_model(random_model(seed=1))
     gradients = []
     for _ in range(steps):
@@ -142,13 +160,22 @@ class Descent:
         self.model.zero_grad()
 
 
-def assert_update_equals_the_equation(name: str, grpo: ModuleType, episodes: list[Episode], *, skip_unfinished=True) -> None:
+def assert_update_equals_the_equation(
+    name: str, grpo: ModuleType, episodes: list[Episode], *, skip_unfinished=True
+) -> None:
     model, steps = random_model(), 2 if name in ("clip-higher", "gspo") else 1
     descent, start = Descent(model), {"start": random_model(seed=1)} if name == "kl" else {}
     grpo.update_policy(
-        model, descent, episodes, max_grad_norm=math.inf, skip_unfinished=skip_unfinished, temperature=TEMPERATURE,
-        vocab_size=VOCAB, micro_batch_tokens=47, **start,
-    )  # fmt: skip
+        model,
+        descent,
+        episodes,
+        max_grad_norm=math.inf,
+        skip_unfinished=skip_unfinished,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
+        micro_batch_tokens=47,
+        **start,
+    )
     wanted = expected_gradients(name, episodes, steps, skip_unfinished=skip_unfinished)
     assert len(descent.gradients) == steps
     for got, gradient in zip(descent.gradients, wanted, strict=True):
@@ -178,7 +205,9 @@ def off_policy_batch() -> list[Episode]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer.from_pretrained(write_word_tokenizer(tmp_path_factory.mktemp("words"), size=VOCAB, stop_ids=[7, 31, 40, 50]))
+    return Tokenizer.from_pretrained(
+        write_word_tokenizer(tmp_path_factory.mktemp("words"), size=VOCAB, stop_ids=[7, 31, 40, 50])
+    )
 
 
 def rollout_settings(tokenizer, calls: list) -> dict:
@@ -189,11 +218,19 @@ def rollout_settings(tokenizer, calls: list) -> dict:
         return Reward(calls[-1], {})
 
     prompts = [random_tokens(3 + i % 5, seed=i, vocab_size=VOCAB).tolist() for i in range(12)]
-    questions = [Question("", prompt, {"flat": i in (0, 2, 3, 6)}) for i, prompt in enumerate(prompts)]
+    questions = [
+        Question("", prompt, {"flat": i in (0, 2, 3, 6)}) for i, prompt in enumerate(prompts)
+    ]
     return dict(  # noqa: C408
-        model=random_model(), tokenizer=tokenizer, questions=questions, num_answers=4, max_gen_len=20, temperature=TEMPERATURE,
-        reward_function=reward, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        model=random_model(),
+        tokenizer=tokenizer,
+        questions=questions,
+        num_answers=4,
+        max_gen_len=20,
+        temperature=TEMPERATURE,
+        reward_function=reward,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def assert_further_questions_are_asked(grpo: ModuleType, tokenizer: Tokenizer) -> None:
@@ -214,7 +251,9 @@ def assert_further_questions_are_asked(grpo: ModuleType, tokenizer: Tokenizer) -
     assert_update_equals_the_equation("dynamic-sampling", grpo, episodes)
     flat = [q for q in settings["questions"] if q.problem["flat"]]
     answers = grpo.rollout_of_unequal(num_groups=1, **settings | {"questions": flat})
-    assert [e.question_id for e in answers] == [3] * 4  # the last that was asked: the update says that there is nothing to learn
+    assert [e.question_id for e in answers] == [
+        3
+    ] * 4  # the last that was asked: the update says that there is nothing to learn
 
 
 def assert_long_answers_pay(grpo: ModuleType, tokenizer: Tokenizer) -> None:
@@ -224,7 +263,9 @@ def assert_long_answers_pay(grpo: ModuleType, tokenizer: Tokenizer) -> None:
     lengths = [len(e.response_token_ids) for e in episodes]
     punished = [0.0 if n <= 16 else (16 - n) / 4 if n < 20 else -1.0 for n in lengths]
     assert {0.0, -1.0} < set(punished)
-    assert [e.reward.total for e in episodes] == pytest.approx([r + p for r, p in zip(calls, punished, strict=True)])
+    assert [e.reward.total for e in episodes] == pytest.approx(
+        [r + p for r, p in zip(calls, punished, strict=True)]
+    )
     assert not all(e.is_finished for e in episodes)
     assert_update_equals_the_equation("soft-overlong", grpo, episodes, skip_unfinished=False)
 
@@ -250,7 +291,11 @@ def test_a_variant_does_what_its_equation_says(name, tree, tokenizer):
 MUTATIONS = [
     ("dr-grpo", "TOKENS_PER_ANSWER * len(episodes)", "TOKENS_PER_ANSWER * len(kept)"),
     ("dr-grpo", "TOKENS_PER_ANSWER = 448", "TOKENS_PER_ANSWER = 449"),
-    ("dr-grpo", "rewards_NM - rewards_NM.mean(dim=1, keepdim=True)", "rewards_NM.mean(dim=1, keepdim=True) - rewards_NM"),
+    (
+        "dr-grpo",
+        "rewards_NM - rewards_NM.mean(dim=1, keepdim=True)",
+        "rewards_NM.mean(dim=1, keepdim=True) - rewards_NM",
+    ),
     ("rloo", "(rewards_NM.shape[1] - 1)", "rewards_NM.shape[1]"),
     ("rloo", "rewards_NM - others_NM", "others_NM - rewards_NM"),
     ("clip-higher", "CLIP_LOW, CLIP_HIGH = 0.2, 0.28", "CLIP_LOW, CLIP_HIGH = 0.2, 0.2"),
@@ -263,7 +308,11 @@ MUTATIONS = [
     ("gspo", "part.mean()", "part.sum()"),
     ("kl", "- BETA * divergence_P", "+ BETA * divergence_P"),
     ("kl", "row.sampler_logprobs_P - logprobs_P\n", "logprobs_P - row.sampler_logprobs_P\n"),
-    ("kl", "    learned = kept\n", "    learned = [(e, advantage) for e, advantage in kept if advantage != 0]\n"),
+    (
+        "kl",
+        "    learned = kept\n",
+        "    learned = [(e, advantage) for e, advantage in kept if advantage != 0]\n",
+    ),
     ("dynamic-sampling", "> 1:\n                kept", "> 0:\n                kept"),
     ("dynamic-sampling", "asked += missing", "asked += num_groups"),
     ("dynamic-sampling", "asked + e.question_id", "e.question_id"),
@@ -276,7 +325,9 @@ MUTATIONS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "right", "wrong"), MUTATIONS, ids=[f"{n}: {wrong}" for n, _, wrong in MUTATIONS])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"), MUTATIONS, ids=[f"{n}: {wrong}" for n, _, wrong in MUTATIONS]
+)
 def test_the_comparison_notices_a_fault(name, right, wrong, tree, tokenizer):
     mutant = patched_grpo(tree(name), (right, wrong))
     with pytest.raises(AssertionError):
@@ -289,10 +340,20 @@ def test_the_tiny_run_makes_two_steps(name, tree, tmp_path, monkeypatch, own_sig
     # Catches, in the patches: an argument of update_policy or rollout that train.py does not hand over.
     monkeypatch.chdir(tree(name))
     monkeypatch.setitem(sys.modules, "grpo", patched_grpo(tree(name)))
-    arguments = ["--config", "config_tiny.yaml", f"output_dir={tmp_path}/run", "training.max_steps=2", "training.batch_size=32",
-                 "training.num_questions_per_batch=4", "data.test_size=4", "training.max_gen_len=96"]  # fmt: skip
+    arguments = [
+        "--config",
+        "config_tiny.yaml",
+        f"output_dir={tmp_path}/run",
+        "training.max_steps=2",
+        "training.batch_size=32",
+        "training.num_questions_per_batch=4",
+        "data.test_size=4",
+        "training.max_gen_len=96",
+    ]
     assert load(tree(name) / "train.py", "patched_train").main(arguments) == 0
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     assert any(record["weights_changed"] > 0.5 for record in steps)
@@ -303,7 +364,14 @@ def test_a_patch_says_what_it_is_and_fits_a_screen(name):
     head, _, diff = (ROOT / "variants" / f"{name}.patch").read_text().partition("\ndiff --git ")
     assert "When: " in head
     assert "arXiv:" in head
-    changed = [line for line in diff.splitlines() if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
+    changed = [
+        line
+        for line in diff.splitlines()
+        if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")
+    ]
     assert 0 < len(changed) <= 30
     added = sum(line[0] == "+" for line in changed)
-    assert f"| `{name}` | +{added} −{len(changed) - added} |" in (ROOT / "variants" / "README.md").read_text()
+    assert (
+        f"| `{name}` | +{added} −{len(changed) - added} |"
+        in (ROOT / "variants" / "README.md").read_text()
+    )

@@ -17,13 +17,27 @@ import warm_start
 from countdown_task import render_prompt, reward_function
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
-from warm_start import MAX_FIRST, MAX_SECOND, all_attempts, example_groups, make_trace, muon_step, new_model, orthogonalise
+from warm_start import (
+    MAX_FIRST,
+    MAX_SECOND,
+    all_attempts,
+    example_groups,
+    make_trace,
+    muon_step,
+    new_model,
+    orthogonalise,
+)
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 
 
 def value(a: int, operation: str, b: int) -> Fraction:
-    return {"+": Fraction(a + b), "-": Fraction(a - b), "*": Fraction(a * b), "/": Fraction(a, b) if b else None}[operation]
+    return {
+        "+": Fraction(a + b),
+        "-": Fraction(a - b),
+        "*": Fraction(a * b),
+        "/": Fraction(a, b) if b else None,
+    }[operation]
 
 
 def problems(count: int):
@@ -31,7 +45,9 @@ def problems(count: int):
     rng = random.Random(0)
     while count:
         numbers = [rng.randint(0, 10) for _ in range(3)]
-        reached = sorted({v for pair in all_attempts(numbers) for _, seconds in pair for _, _, v in seconds})
+        reached = sorted(
+            {v for pair in all_attempts(numbers) for _, seconds in pair for _, _, v in seconds}
+        )
         yield numbers, rng.choice(reached)
         count -= 1
 
@@ -56,7 +72,10 @@ def test_every_equation_is_right_and_uses_each_number_once(traces):
             first, *others = EQUATION.findall(line)
             left = Counter(numbers) - Counter([int(first[0]), int(first[2])])
             assert sum(left.values()) == 1, (numbers, line)
-            for (a, operation, b, result), largest in ((first, MAX_FIRST), *((other, MAX_SECOND) for other in others)):
+            for (a, operation, b, result), largest in (
+                (first, MAX_FIRST),
+                *((other, MAX_SECOND) for other in others),
+            ):
                 assert value(int(a), operation, int(b)) == int(result) <= largest, (numbers, line)
             for a, _, b, _ in others:
                 assert Counter([int(a), int(b)]) == left + Counter([int(first[3])]), (numbers, line)
@@ -66,7 +85,10 @@ def test_every_verdict_is_honest_and_the_last_decides(traces):
     # Catches: `yes` where the value is not the target; a trace that goes on after a hit.
     for _, target, trace in traces:
         verdicts = re.findall(r"= (\d+), want (\d+): (yes|no)", trace)
-        assert all(int(want) == target and (int(got) == target) == (verdict == "yes") for got, want, verdict in verdicts)
+        assert all(
+            int(want) == target and (int(got) == target) == (verdict == "yes")
+            for got, want, verdict in verdicts
+        )
         assert "yes" not in [verdict for _, _, verdict in verdicts[:-1]]
         assert ("I give up" in trace) == (verdicts[-1][2] == "no")
 
@@ -89,7 +111,9 @@ def test_a_pair_is_tried_to_its_end_before_the_next(traces):
     # Catches: the first steps of all pairs shuffled together.
     for numbers, _, trace in traces:
         steps = [[first for first, _ in pair] for pair in all_attempts(numbers)]
-        order = [next(i for i, pair in enumerate(steps) if first in pair) for first in first_steps(trace)]
+        order = [
+            next(i for i, pair in enumerate(steps) if first in pair) for first in first_steps(trace)
+        ]
         tried = [(pair, len(list(times))) for pair, times in groupby(order)]
         assert len({pair for pair, _ in tried}) == len(tried)
         assert all(times == len(steps[pair]) for pair, times in tried[:-1])
@@ -134,15 +158,21 @@ SHAPES = [(37, 11), (11, 37), (13, 13), (60, 20), (5, 97)]
 def test_orthogonalise_moves_singular_values_as_torchs_coefficients_do(shape):
     # Catches: any coefficient changed in its last digit; four or six steps; a tall matrix not turned.
     a, b, c = inspect.signature(torch.optim.Muon).parameters["ns_coefficients"].default
-    matrix = 100 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = 100 * torch.randn(
+        shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm()
     for _ in range(5):
         values = a * values + b * values**3 + c * values**5
     assert values.min() > 0.6
     assert values.max() < 1.2
-    torch.testing.assert_close(orthogonalise(matrix), left @ values.diag() @ right, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(orthogonalise(matrix.float()).double(), left @ values.diag() @ right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        orthogonalise(matrix), left @ values.diag() @ right, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        orthogonalise(matrix.float()).double(), left @ values.diag() @ right, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_gradient_of_zeros_moves_nothing():
@@ -210,16 +240,21 @@ def test_the_command_makes_a_model_that_loads(tmp_path, capsys):
     model = Transformer.from_pretrained(out, device="cpu", dtype=torch.float32)
     assert tokenizer.vocab_size <= model.config.vocab_size < tokenizer.vocab_size + 64
     made_for = json.loads((out / "made_for.json").read_text())
-    assert made_for["prompt_token_ids"] == tokenizer.encode(render_prompt(made_for["problem"], tokenizer))
+    assert made_for["prompt_token_ids"] == tokenizer.encode(
+        render_prompt(made_for["problem"], tokenizer)
+    )
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
     assert str(out) in capsys.readouterr().out
     assert warm_start.main(["--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
-    assert Transformer.from_pretrained(out, device="cpu", dtype=torch.float32).config == model.config
+    assert (
+        Transformer.from_pretrained(out, device="cpu", dtype=torch.float32).config == model.config
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--steps", "0"], "--steps 0"), (["--out", "."], "exists"), (["--out", "/"], "exists")]
+    ("arguments", "said"),
+    [(["--steps", "0"], "--steps 0"), (["--out", "."], "exists"), (["--out", "/"], "exists")],
 )
 def test_what_cannot_be_made_is_said_in_one_line(arguments, said, tmp_path, capsys):
     assert warm_start.main(["--out", str(tmp_path / "tiny"), *arguments]) == 2
