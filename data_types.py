@@ -1,5 +1,9 @@
-"""The values that cross file borders. Token ids are plain Python lists: padding and devices begin where a batch is built."""
+"""The values that cross file borders, and the defaults for the processes and the progress of a run.
 
+Token ids are plain Python lists here. Padding, tensors and devices begin where a batch is built.
+"""
+
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,33 +13,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Question:
-    """One question as the model sees it, and what its task needs to score an answer."""
+    """A question as the model sees it, and what its task needs to score an answer."""
 
-    prompt: str  # the rendered chat, up to and including the opened "<think>"
+    prompt: str  # the rendered chat, including the beginning of the answer (Countdown: "<think>")
     prompt_token_ids: list[int]
-    problem: dict[str, Any]  # handed to the task's reward function by keyword
+    problem: dict[str, Any]  # passed to the task's reward function as keyword arguments
 
 
 @dataclass(frozen=True)
 class Reward:
-    total: float  # what the advantage is computed from
-    parts: dict[str, float]  # what it is made of, for the metrics; each 0.0 or 1.0
+    total: float  # the advantage is computed from this
+    parts: dict[str, float]  # for the metrics, each 0.0 or 1.0; "answer" counts as success
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One sampled answer. Nothing here is changed after the rollout; the advantage is a separate value."""
+    """One sampled answer with its reward. It never changes; its advantage is a separate value."""
 
-    question_id: int  # answers with the same id form a group, even where two questions read alike
+    question_id: int  # answers with the same id form a group, even if two questions read alike
     prompt_token_ids: list[int]
-    response_token_ids: list[int]  # the stop token, if one was drawn, is the last
-    response_logprobs: list[float]  # of each response token, in nats, as the sampler computed it
-    is_finished: bool  # drew a stop token within its budget
-    text: str  # the response as text, without its stop token
+    response_token_ids: list[int]  # including the stop token, if one was sampled
+    response_logprobs: list[float]  # log π of each response token as the sampler saw it, nats
+    is_finished: bool  # a stop token was sampled before the length budget ran out
+    text: str  # the response without its stop token
     reward: Reward
-    entropy: float = (
-        0.0  # mean over the response tokens of the sampling distribution's entropy, nats
-    )
+    entropy: float = 0.0  # of the sampling distribution, mean over the response tokens, nats
 
 
 @dataclass(frozen=True)
@@ -46,61 +48,55 @@ class UpdateStats:
     grad_norm: float  # before clipping
     num_tokens: int  # kept response tokens: the denominator of the loss
     logprob_diff_mean: float = (
-        0.0  # |log-probability of the trainer - of the sampler| over the tokens that were run, nats
+        0.0  # |log π of the trainer - of the sampler|, nats per trained token
     )
     logprob_diff_max: float = 0.0
-    skipped: str = ""  # why the optimizer made no step; empty when it did
-    broken_questions: list[int] = field(
-        default_factory=list
-    )  # question ids behind a number that is not finite
-    weights_changed: float = 0.0  # share of the weights whose stored value changed
-    weights_changed_fp32: float = (
-        0.0  # share that would have changed had all weights been stored in float32
-    )
+    skipped: str = ""  # why the optimizer took no step; empty if it took one
+    broken_questions: list[int] = field(default_factory=list)  # ids that led to a non-finite number
 
 
-class Alone:
-    """The processes that share the work of a step, where there is one: each of the three ways in which they meet is the identity.
+class SingleProcess:
+    """A world of one process, where every collective operation is a no-op.
 
-    harness/parallel.py has several. All of them meet in the same order, and from what was shared all decide alike.
+    harness/distributed.py has the world of several processes. Each of them is a rank. All ranks
+    call the collectives in the same order.
     """
 
     rank, size = 0, 1
 
-    def parts_of(self, total: int, multiple: int = 1) -> list[slice]:
-        """Everybody's part of `total` things: as many for each process, in multiples, and for the last what is left."""
-        share = -(-total // (self.size * multiple)) * multiple
-        return [
-            slice(min(rank * share, total), min((rank + 1) * share, total))
-            for rank in range(self.size)
-        ]
+    def shards(self, total: int, multiple: int = 1) -> list[slice]:
+        """Split `total` items into one slice per rank.
 
-    def share(self, items: list) -> list:
-        """The items of all processes, in the order of their ranks."""
-        return items
+        All slices have the same length, a multiple of `multiple`; the last ones may be shorter.
+        """
+        length = -(-total // (self.size * multiple)) * multiple
+        starts = [min(rank * length, total) for rank in range(self.size + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(starts)]
 
-    def reduce_scatter(self, flat: Tensor, parts: list[slice]) -> Tensor:
-        """The own part of the sum of everybody's flat tensor, in its place there; what lies beside it has no meaning any more."""
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks."""
+        return [value]
+
+    def reduce_scatter(self, flat: Tensor, shards: list[slice]) -> Tensor:
+        """Sum a flat tensor over all ranks. Return this rank's shard of the sum, a view of `flat`.
+
+        The rest of `flat` is undefined afterwards.
+        """
         return flat
 
-    def all_gather(self, flat: Tensor, parts: list[slice]) -> None:
-        """Complete a flat tensor, of which each process holds its own part."""
+    def all_gather(self, flat: Tensor, shards: list[slice]) -> None:
+        """Fill in the shards of a flat tensor that the other ranks hold."""
 
 
-ALONE = Alone()
+class NoProgress:
+    """Ignores progress reports. harness/console.py has the version with progress bars."""
 
-
-class Watch:
-    """Looks on while the algorithm works. This one sees nothing; a run's own draws bars, takes times and hears signals."""
-
-    processes: Alone = ALONE  # which share the work that is watched
-
-    def part(self, name: str, total: int) -> AbstractContextManager:
-        """Entered around a part of the work: "prefill", "decode", "reward", "gradient", "optimizer"; total: what is to be done."""
+    def phase(self, name: str, total: int) -> AbstractContextManager:
+        """Enter one phase of the work, for example "decode", which has `total` units to do."""
         return nullcontext()
 
-    def advance(self, amount: int = 0, **counts: int) -> None:
-        """So much more of the part is done, and so much more of each count. May raise: nothing is half-done at this moment."""
+    def update(self, n: int = 0, **counts: int) -> None:
+        """Report n more finished units, and other counts by name.
 
-
-UNWATCHED = Watch()
+        It may raise to stop the work (Ctrl-C). It is called only where nothing is half done.
+        """

@@ -1,7 +1,7 @@
-"""Weights, gradient and optimizer state are one flat tensor each; a parameter and its .grad are views of two of them.
+"""Weights and gradient are one flat tensor each; parameters and their .grad are views of them.
 
-So a norm is one call, the optimizer walks pieces of three tensors and knows no parameters, a checkpoint of the state is one
-tensor a kind, and memory is what the plan says, because nothing is scattered.
+With flat tensors a norm is one call, the optimizer walks through slices without knowing any
+parameter, ranks shard by slicing, and a checkpoint holds one tensor for each kind of state.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,62 +10,56 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = (
-    64  # elements; every parameter begins at a multiple of it. What lies between is 0 and stays 0
-)
+ALIGNMENT = 64  # elements. Each parameter starts at a multiple of it; the gaps stay 0
 
 
-def allocate(model: nn.Module, *, device, dtype: torch.dtype) -> None:
-    """Give a model that was made on the meta device its weights: views of one tensor of zeros."""
+def allocate(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device its weights: zeros, in one flat tensor."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    flat = torch.zeros(_places(parameters)[-1], device=device, dtype=dtype)
-    model.load_state_dict(dict(zip(names, views_of(flat, parameters), strict=True)), assign=True)
+    flat = torch.zeros(_offsets(parameters)[-1], device=device, dtype=dtype)
+    views = _views(flat, parameters)
+    model.load_state_dict(dict(zip(names, views, strict=True)), assign=True)
 
 
-def flat_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The flat tensor of which the parameters are views; they are moved into one if they are not."""
+def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Make the parameters views of one flat tensor, if they are not yet, and return that tensor."""
     parameters = list(parameters)
-    flat = _common_tensor(parameters, parameters)
+    flat = _shared_tensor(parameters, parameters)
     if flat is None:
-        flat = parameters[0].new_zeros(_places(parameters)[-1], requires_grad=False)
-        for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
+        flat = parameters[0].new_zeros(_offsets(parameters)[-1], requires_grad=False)
+        for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
             parameter.data = view.copy_(parameter.detach())
     return flat
 
 
-def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The flat tensor of which every .grad is a view; gathered into one if they are not. A missing gradient counts as 0."""
+def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Set every .grad to zeros, all of them views of one flat tensor, and return that tensor."""
     parameters = list(parameters)
-    flat = _common_tensor([p.grad for p in parameters], parameters)
+    flat = parameters[0].new_zeros(_offsets(parameters)[-1], requires_grad=False)
+    for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
+        parameter.grad = view
+    return flat
+
+
+def gather_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the flat tensor that every .grad is a view of, or a copy if there is no such tensor.
+
+    A missing .grad counts as 0.
+    """
+    parameters = list(parameters)
+    flat = _shared_tensor([p.grad for p in parameters], parameters)
     if flat is None:
-        flat = parameters[0].new_zeros(_places(parameters)[-1], requires_grad=False)
-        for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
+        flat = parameters[0].new_zeros(_offsets(parameters)[-1], requires_grad=False)
+        for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
     return flat
 
 
-def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A flat gradient of zeros, for backward passes to add to."""
-    parameters = list(parameters)
-    flat = parameters[0].new_zeros(_places(parameters)[-1], requires_grad=False)
-    for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
-        parameter.grad = view
-    return flat
-
-
-def views_of(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    places = _places(parameters)
-    return [
-        flat[start : start + p.numel()].view(p.shape)
-        for start, p in zip(places, parameters, strict=False)
-    ]
-
-
 def norm(flat: Tensor) -> float:
-    """Euclidean norm, in float64: a million squares summed in float32 are off in the fifth digit.
+    """Euclidean norm, accumulated in float64: in float32 a million squares lose the fifth digit.
 
-    A piece at a time, because a CPU casts by copying; in place, because results of their own would lie between the copies.
+    It works in pieces, because a CPU makes a float64 copy of its argument.
     """
     pieces = flat.split(2**20)
     norms = torch.empty(len(pieces), device=flat.device, dtype=torch.float64)
@@ -74,23 +68,29 @@ def norm(flat: Tensor) -> float:
     return float(torch.linalg.vector_norm(norms))
 
 
-def _places(parameters: Sequence[nn.Parameter]) -> list[int]:
-    """Where each parameter begins, and where all end."""
-    return list(accumulate((-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters), initial=0))
+def _offsets(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Where each parameter starts, and where the flat tensor ends."""
+    sizes = (-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters)
+    return list(accumulate(sizes, initial=0))
 
 
-def _common_tensor(tensors: list[Tensor | None], parameters: list[nn.Parameter]) -> Tensor | None:
-    """The flat tensor behind `tensors`, if they are its views at the parameters' places."""
-    *starts, end = _places(parameters)
+def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    starts = _offsets(parameters)[:-1]
+    pairs = zip(starts, parameters, strict=True)
+    return [flat[start : start + p.numel()].view(p.shape) for start, p in pairs]
+
+
+def _shared_tensor(
+    tensors: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]
+) -> Tensor | None:
+    """The flat tensor that all of `tensors` are views of, at the parameters' offsets, or None."""
+    *starts, end = _offsets(parameters)
     first = tensors[0]
     if first is None or first.untyped_storage().nbytes() < end * first.itemsize:
         return None
     for tensor, start in zip(tensors, starts, strict=True):
-        if (
-            tensor is None
-            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
+        if tensor is None or not tensor.is_contiguous() or tensor.storage_offset() != start:
             return None
-        if tensor.storage_offset() != start or not tensor.is_contiguous():
+        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
     return first.detach().as_strided((end,), (1,), 0)

@@ -1,13 +1,15 @@
-"""Rows of the update: the answers to a question stand behind one copy of their prompt, and rows have no padding.
+"""Micro-batches of the update: the answers to a question share one copy of their prompt.
 
     tokens     [ prompt 1 | answer 1a | answer 1b | answer 1c | prompt 2 | answer 2a | answer 2b ]
     positions    0 … 9      10 … 17     10 … 21     10 … 14     0 … 11     12 … 16     12 … 30
 
-Every segment attends to itself causally; an answer also sees the whole of its prompt. That is exactly what each
-(prompt, answer) would compute alone, but the prompt is run forward and backward once a group instead of once an answer.
+Each segment attends to itself causally, and an answer also attends to all of its prompt. That is
+exactly what each (prompt, answer) pair computes on its own, but a prompt is run once per question
+instead of once per answer, and there is no padding between segments.
 
-Dimension key: S tokens of a row, P scored response tokens, G segments (prompts and answers), Q tokens of the longest segment,
-               L tokens of the longest prompt, C >= L + Q keys, H query heads, K key heads, R = H / K, D head size.
+Dimension key: S tokens of a micro-batch, P response tokens in it, G segments (prompts and answers),
+               Q tokens of the longest segment, L tokens of the longest prompt, C >= L + Q keys,
+               H query heads, K key heads, R = H / K, D head size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_types import Episode
-from qwen2_model import Attend, Qwen2Config, attend_folded
+from qwen2_model import AttentionFunction, Qwen2Config, grouped_query_attention
 
-KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned
+KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned to it
 
 
 class Segment(NamedTuple):
-    """A prompt or an answer within a row: where it stands, and the prompt that it sees (for a prompt: nothing)."""
+    """A prompt or an answer in a micro-batch. A prompt has prompt_length 0: it sees only itself."""
 
     start: int
     length: int
@@ -34,132 +36,153 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class MicroBatch:
+    """What one forward and backward pass works on.
+
+    The logits at logit_positions_P[p] predict the response token targets_P[p], which is the next
+    token of the sequence: for the first token of an answer, that is the end of its prompt. Prompt
+    tokens are never targets.
+    """
+
     tokens_S: Tensor
     positions_S: Tensor
     segments: list[Segment]
-    sources_P: Tensor  # the position whose hidden state predicts each response token
-    targets_P: Tensor  # those tokens
-    advantages_P: Tensor  # float32, of the answer each belongs to
-    sampler_logprobs_P: Tensor  # float32
-    question_ids: list[int]  # of the groups in the row
+    logit_positions_P: Tensor
+    targets_P: Tensor
+    advantages_P: Tensor  # float32: the advantage of the answer that each token belongs to
+    sampler_logprobs_P: Tensor  # float32, nats
+    question_ids: list[int]
 
-    def to(self, device: torch.device) -> "Row":
-        moved = {
-            name: v.to(device, non_blocking=True)
-            for name, v in vars(self).items()
-            if isinstance(v, Tensor)
-        }
-        return replace(self, **moved)
-
-    def chunks(self, size: int) -> Iterator["Row"]:
-        """The same row again and again, each time with other `size` of its scored response tokens."""
-        names = [name for name in vars(self) if name.endswith("_P")]
-        for tensors in zip(*(getattr(self, name).split(size) for name in names), strict=True):
-            yield replace(self, **dict(zip(names, tensors, strict=True)))
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(
+            self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        )
 
 
-def pack_rows(
+def pack_micro_batches(
     answers: Iterable[tuple[Episode, float]], micro_batch_tokens: int, multiple: int = 1
-) -> Iterator[Row]:
-    """Fill rows of at most micro_batch_tokens tokens, group by group; a group that does not fit goes on in the next row.
+) -> Iterator[MicroBatch]:
+    """Pack (episode, advantage) pairs into micro-batches of at most micro_batch_tokens tokens.
 
-    A row holds at least one answer, with its advantage, however long. Rows are made about equally long: few large ones, none nearly
-    empty, and, where answers are short enough, about a multiple of `multiple`, so that so many processes have as many each.
+    A group that does not fit continues in the next micro-batch, which repeats its prompt. One
+    answer with its prompt is the least that a micro-batch holds, however long it is. All
+    micro-batches get about the same length, and their number is about a multiple of `multiple`, the
+    number of ranks.
     """
     answers = sorted(answers, key=lambda answer: answer[0].question_id)
+    limit = _even_length(answers, micro_batch_tokens, multiple)
+    batch, size, group = [], 0, None
+    for episode, advantage in answers:
+        prompt, response = len(episode.prompt_token_ids), len(episode.response_token_ids)
+        added = response if episode.question_id == group else prompt + response
+        if batch and (size + added > micro_batch_tokens or size >= limit):
+            yield _lay_out(batch)
+            batch, size, added = [], 0, prompt + response
+        batch.append((episode, advantage))
+        size, group = size + added, episode.question_id
+    if batch:
+        yield _lay_out(batch)
+
+
+def _even_length(
+    answers: list[tuple[Episode, float]], micro_batch_tokens: int, multiple: int
+) -> float:
+    """The length at which a micro-batch is full, so that all of them get about the same length."""
     prompts = {e.question_id: len(e.prompt_token_ids) for e, _ in answers}
     total = sum(prompts.values()) + sum(len(e.response_token_ids) for e, _ in answers)
-    # Where processes wait for each other, shares are even only if the prompts are reckoned with that begin a row once more.
-    again, count = max(prompts.values(), default=0) if multiple > 1 else 0, multiple
-    while total + (count - 1) * again > count * micro_batch_tokens and count < len(answers):
+    # Each micro-batch after the first may have to repeat a prompt. A single process need not allow
+    # for it; several ranks, which wait for each other, share the work evenly only if they do.
+    repeated = max(prompts.values(), default=0) if multiple > 1 else 0
+    count = multiple
+    while total + (count - 1) * repeated > count * micro_batch_tokens and count < len(answers):
         count += multiple
-    limit = (total + (count - 1) * again) / count
-    row, size, group = [], 0, None
-    for e, advantage in answers:
-        added = len(e.response_token_ids) + (e.question_id != group) * len(e.prompt_token_ids)
-        if row and (size + added > micro_batch_tokens or size >= limit):
-            yield _lay_out(row)
-            row, size, added = [], 0, len(e.response_token_ids) + len(e.prompt_token_ids)
-        row.append((e, advantage))
-        size, group = size + added, e.question_id
-    if row:
-        yield _lay_out(row)
+    return (total + (count - 1) * repeated) / count
 
 
-def _lay_out(answers: list[tuple[Episode, float]]) -> Row:
-    tokens, segments, sources, targets, advantages, logprobs, group = [], [], [], [], [], [], None
+def _lay_out(answers: list[tuple[Episode, float]]) -> MicroBatch:
+    tokens, segments, logit_positions, targets, advantages, logprobs = [], [], [], [], [], []
+    group = None
     for episode, advantage in answers:
         prompt, response = episode.prompt_token_ids, episode.response_token_ids
         if episode.question_id != group:
             group, prompt_start = episode.question_id, len(tokens)
             segments.append(Segment(prompt_start, len(prompt), prompt_start, 0))
             tokens += prompt
-        segments.append(Segment(len(tokens), len(response), prompt_start, len(prompt)))
-        sources += [
-            prompt_start + len(prompt) - 1,
-            *range(len(tokens), len(tokens) + len(response) - 1),
-        ]
+        start = len(tokens)
+        segments.append(Segment(start, len(response), prompt_start, len(prompt)))
+        # The shift by one: the last prompt token predicts response[0], response[i - 1] response[i].
+        prompt_end = prompt_start + len(prompt) - 1
+        logit_positions += [prompt_end, *range(start, start + len(response) - 1)]
         tokens += response
         targets += response
         advantages += [advantage] * len(response)
         logprobs += episode.response_logprobs
-    positions = [segment.prompt_length + i for segment in segments for i in range(segment.length)]
-    return Row(
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        segments,
-        torch.tensor(sources),
-        torch.tensor(targets),
-        torch.tensor(advantages, dtype=torch.float32),
-        torch.tensor(logprobs, dtype=torch.float32),
-        sorted({episode.question_id for episode, _ in answers}),
+    return MicroBatch(
+        tokens_S=torch.tensor(tokens),
+        positions_S=torch.tensor([s.prompt_length + i for s in segments for i in range(s.length)]),
+        segments=segments,
+        logit_positions_P=torch.tensor(logit_positions),
+        targets_P=torch.tensor(targets),
+        advantages_P=torch.tensor(advantages, dtype=torch.float32),
+        sampler_logprobs_P=torch.tensor(logprobs, dtype=torch.float32),
+        question_ids=sorted({episode.question_id for episode, _ in answers}),
     )
 
 
-def attend_within(row: Row, config: Qwen2Config, dtype: torch.dtype) -> Attend:
-    """The attention of a row: its segments side by side, each with its prompt's keys before its own.
+def packed_attention(
+    micro_batch: MicroBatch, config: Qwen2Config, dtype: torch.dtype
+) -> AttentionFunction:
+    """Attention within a micro-batch: each segment sees its prompt and, causally, itself.
 
-    config, dtype: the model's. Segments of like length form a batch, so that a long one does not stretch them all.
+    config and dtype are the model's. Segments of similar length are run as one batch, so that a
+    long segment does not pad all the others.
     """
-    device, R = row.tokens_S.device, config.num_attention_heads // config.num_key_value_heads
+    device = micro_batch.tokens_S.device
+    heads_per_key = config.num_attention_heads // config.num_key_value_heads
     batches: dict[int, list[Segment]] = {}
-    for segment in row.segments:
+    for segment in micro_batch.segments:
         batches.setdefault(segment.length.bit_length(), []).append(segment)
-    layouts, back_S, offset = [], torch.empty(len(row.tokens_S), dtype=torch.long), 0
+    layouts, offset = [], 0
+    order_S = torch.empty(len(micro_batch.tokens_S), dtype=torch.long)
     for batch in batches.values():
-        own_GQ, keys_GC, visible_GQC, real_GQ = _lay_side_by_side(batch)
-        bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device).masked_fill_(
-            ~visible_GQC.to(device), -torch.inf
-        )
-        layouts.append((own_GQ.to(device), keys_GC.to(device), bias_GQC.repeat(1, R, 1)[:, None]))
-        back_S[own_GQ[real_GQ]] = offset + real_GQ.flatten().nonzero()[:, 0]
-        offset += own_GQ.numel()
-    back_S = back_S.to(device)
+        queries_GQ, keys_GC, visible_GQC, is_real_GQ = _pad_segments(batch)
+        bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device)
+        bias_GQC.masked_fill_(~visible_GQC.to(device), -torch.inf)
+        bias_G1XC = bias_GQC.repeat(1, heads_per_key, 1)[:, None]  # X = R * Q
+        layouts.append((queries_GQ.to(device), keys_GC.to(device), bias_G1XC))
+        order_S[queries_GQ[is_real_GQ]] = offset + is_real_GQ.flatten().nonzero()[:, 0]
+        offset += queries_GQ.numel()
+    order_S = order_S.to(device)
 
-    def attend(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
+    def attention(layer: int, q_1HSD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
         outputs = []
-        for own_GQ, keys_GC, bias_G1XC in layouts:  # X = R * Q
-            q_GHQD = q_1HSD[0][:, own_GQ].transpose(0, 1)
-            k_GKCD, v_GKCD = (x[0][:, keys_GC].transpose(0, 1) for x in (k_1KSD, v_1KSD))
-            out_GHQD = attend_folded(q_GHQD, k_GKCD, v_GKCD, bias_G1XC)
+        for queries_GQ, keys_GC, bias_G1XC in layouts:
+            q_GHQD = q_1HSD[0][:, queries_GQ].transpose(0, 1)
+            k_GKCD = k_1KSD[0][:, keys_GC].transpose(0, 1)
+            v_GKCD = v_1KSD[0][:, keys_GC].transpose(0, 1)
+            out_GHQD = grouped_query_attention(q_GHQD, k_GKCD, v_GKCD, bias_G1XC)
             outputs.append(out_GHQD.transpose(0, 1).flatten(1, 2)[None])
-        return torch.cat(outputs, dim=2)[:, :, back_S]
+        return torch.cat(outputs, dim=2)[:, :, order_S]
 
-    return attend
+    return attention
 
 
-def _lay_side_by_side(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where a batch of segments finds its queries (G, Q) and keys (G, C), which keys a query sees, which queries are real."""
+def _pad_segments(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay segments side by side, padded to the longest.
+
+    Returns the positions in the micro-batch of the queries (G, Q) and of the keys (G, C), which
+    keys each query sees (G, Q, C), and which queries are real (G, Q).
+    """
     start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor(segments).T[:, :, None]
-    steps_Q, steps_L = torch.arange(int(length_G1.max())), torch.arange(int(prompt_length_G1.max()))
-    own_GQ = start_G1 + steps_Q.minimum(
-        length_G1 - 1
-    )  # behind a segment's end: its last token again, which nobody sees
+    steps_Q = torch.arange(int(length_G1.max()))
+    steps_L = torch.arange(int(prompt_length_G1.max()))
+    # Padding repeats the last token of the segment; its results are never read.
+    queries_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)
     prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
     sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, len(steps_Q), -1)
     sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(segments), -1, -1)
-    unseen = -(len(steps_L) + len(steps_Q)) % KEY_MULTIPLE
-    keys_GC = F.pad(torch.cat((prompt_GL, own_GQ), dim=1), (0, unseen))
-    visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, unseen))
-    return own_GQ, keys_GC, visible_GQC, steps_Q < length_G1
+    padding = -(len(steps_L) + len(steps_Q)) % KEY_MULTIPLE
+    keys_GC = F.pad(torch.cat((prompt_GL, queries_GQ), dim=1), (0, padding))
+    visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, padding))
+    return queries_GQ, keys_GC, visible_GQC, steps_Q < length_G1

@@ -1,15 +1,16 @@
-"""GRPO (Group Relative Policy Optimization), the whole loop: draw questions, sample a group of answers to each, score them, learn.
+"""GRPO training: draw questions, sample a group of answers to each, score them, take one step.
 
-    uv run train.py [--config FILE] [--resume | --plan [CARDS] | --check] [key.path=value ...]
+    uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
 
-An answer's advantage is its reward less the mean of its group, in units of the group's standard deviation (group_advantages). The
-update raises the log-probability of each token in proportion to its answer's advantage, and lowers it where that is negative. The
-group takes the place of a value network; with one step a batch there is no ratio to clip; why there is no KL term: grpo.py.
+The advantage of an answer is its reward minus the mean of its group, divided by the standard
+deviation of the group. The step raises the log-probability of each token in proportion to the
+advantage of its answer, and lowers it where the advantage is negative. grpo.py has the equations.
 
-Everything else about a run is the business of `run` (harness/run.py): it locks the output directory, writes logs and checkpoints,
-and where a signal asks it to stop it raises an exception that ends the `with` block and no more. A resumed run goes on from its
-last good checkpoint: it cuts its logs back to that step and makes the steps after it again, on a CPU with the same result to the
-bit, because all that is random follows from the seeds, a purpose and the step (in an evaluation: from the first two).
+`run` (harness/run.py) takes care of everything around this loop. It locks the output directory,
+writes logs and checkpoints, and leaves the `with` block through an exception if a signal asks the
+program to stop. A resumed run loads its last good checkpoint, cuts its logs back to that step and
+repeats what came after it. On a CPU the result is the same to the bit, because every random number
+follows from the seed, its purpose and the step.
 """
 
 import sys
@@ -17,46 +18,38 @@ import sys
 import torch
 
 from generate import seeded_generator
-from grpo import rollout, update_policy
+from grpo import draw_problems, make_question, rollout, update_policy
 from harness.run import Run
-from harness.tasks import draw_problems, make_question
 from optimizer import AdamW
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 1 for a run that had to stop (the disk is full), 2 for what the user can mend, 128 + n for signal n."""
-    with Run() as run:
-        config = run.open(argv)
-        training, task = config.training, run.task
-        tokenizer = Tokenizer.from_pretrained(
-            run.source
-        )  # of the base model, or of the checkpoint to go on from
-        model = Transformer.from_pretrained(
-            run.source, device=config.model.device, dtype=getattr(torch, config.model.dtype)
-        )
+    """Exit code: 0, 1 if the run had to stop, 2 for a user error, 128 + n for signal n."""
+    with Run(argv) as run:
+        config, task, training = run.config, run.task, run.config.training
+        dtype = getattr(torch, config.model.dtype)
+        # model_dir is the base model, or the checkpoint that is resumed.
+        tokenizer = Tokenizer.from_pretrained(run.model_dir)
+        model = Transformer.from_pretrained(run.model_dir, device=config.model.device, dtype=dtype)
         optimizer = AdamW(
             model.parameters(),
             lr=training.learning_rate,
-            betas=tuple(config.optimizer.betas),
+            betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
             offload=config.optimizer.offload,
-            processes=run.processes,
+            world=run.world,
         )
         train_problems, test_problems = run.problems
         held_out = [make_question(task, problem, tokenizer) for problem in test_problems]
-        run.begin(
-            model, tokenizer, optimizer, held_out
-        )  # they fit together, or it raises; restores the optimizer
-        num_answers = (
-            training.batch_size // training.num_questions_per_batch
-        )  # to each question; batch_size counts answers
+        run.begin(model, tokenizer, optimizer)
+        num_answers = training.batch_size // training.num_questions_per_batch
 
         def evaluate(step: int) -> None:
-            """One answer to each held-out question, at temperature 1, with the same random numbers each time."""
-            with run.phase("evaluation") as watch:
+            """One answer to each held-out question, with the same random numbers every time."""
+            with run.progress("evaluation") as progress:
                 episodes = rollout(
                     model,
                     tokenizer,
@@ -67,20 +60,19 @@ def main(argv: list[str] | None = None) -> int:
                     reward_function=run.reward,
                     generator=seeded_generator(training.seed, "evaluation"),
                     cache_bytes=run.plan.evaluation_cache_bytes,
-                    watch=watch,
+                    world=run.world,
+                    progress=progress,
                 )
             run.log_evaluation(step, episodes)
 
         for step in run.steps():
             if (step - 1) % training.eval_interval == 0:
-                evaluate(
-                    step - 1
-                )  # the model after step - 1; a resumed run does it again, its line has been cut off
+                evaluate(step - 1)
             problems = draw_problems(
                 train_problems, step, count=training.num_questions_per_batch, seed=training.seed
             )
             questions = [make_question(task, problem, tokenizer) for problem in problems]
-            with run.phase("rollout") as watch:
+            with run.progress("rollout") as progress:
                 episodes = rollout(
                     model,
                     tokenizer,
@@ -91,12 +83,12 @@ def main(argv: list[str] | None = None) -> int:
                     reward_function=run.reward,
                     generator=seeded_generator(training.seed, "rollout", step),
                     cache_bytes=run.plan.cache_bytes,
-                    watch=watch,
+                    world=run.world,
+                    progress=progress,
                 )
-            optimizer.lr = training.learning_rate * min(
-                1.0, step / max(1, training.warmup_steps)
-            )  # warm-up, then constant
-            with run.phase("update") as watch:
+            warmup = min(1.0, step / max(1, training.warmup_steps))
+            optimizer.lr = training.learning_rate * warmup
+            with run.progress("update") as progress:
                 stats = update_policy(
                     model,
                     optimizer,
@@ -106,14 +98,15 @@ def main(argv: list[str] | None = None) -> int:
                     temperature=training.temperature,
                     vocab_size=tokenizer.vocab_size,
                     micro_batch_tokens=training.micro_batch_tokens,
-                    checkpoint_layers=run.plan.checkpoint_layers,
-                    watch=watch,
+                    recompute_layers=run.plan.recompute_layers,
+                    world=run.world,
+                    progress=progress,
                 )
-            run.log_step(step, questions, episodes, stats)  # and saves a checkpoint when one is due
+            run.log_step(step, questions, episodes, stats)  # and save a checkpoint when one is due
         evaluate(training.max_steps)
     return run.exit_code
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each step at once
     sys.exit(main())

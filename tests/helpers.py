@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 
-from data_types import Episode, Reward, Watch
+from data_types import Episode, Reward, NoProgress
 from qwen2_model import Qwen2Config, Transformer
 
 CONFIG = Qwen2Config(
@@ -96,18 +96,18 @@ def episode(
     )
 
 
-class Seen(Watch):
+class Seen(NoProgress):
     """Remembers what the algorithm reported."""
 
     def __init__(self):
-        self.parts, self.advances, self.counts = [], [], Counter()
+        self.phases, self.updates, self.counts = [], [], Counter()
 
-    def part(self, name, total):
-        self.parts.append((name, total))
+    def phase(self, name, total):
+        self.phases.append((name, total))
         return nullcontext()
 
-    def advance(self, amount=0, **counts):
-        self.advances.append((self.parts[-1][0], amount))
+    def update(self, n=0, **counts):
+        self.updates.append((self.phases[-1][0], n))
         self.counts.update(counts)
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import random_model, random_tokens
 from torch import nn
 
-from flat import ALIGNMENT, allocate, flat_gradient, flat_weights, norm, views_of, zero_gradient
+from flat import ALIGNMENT, allocate, gather_gradient, flatten, norm, _views, zero_gradient
 from qwen2_model import Transformer
 
 SHAPES = [(7, 11), (13,), (64,), (3, 5, 2)]
@@ -23,7 +23,7 @@ def parameters(dtype=torch.float32) -> list[nn.Parameter]:
 def test_weights_keep_their_values_and_share_one_tensor(dtype):
     # Catches: `.copy_(parameter.detach())` dropped; places that do not grow.
     ours, wanted = parameters(dtype), parameters(dtype)
-    flat = flat_weights(ours)
+    flat = flatten(ours)
     assert flat.shape == (SIZE,)
     for p, w in zip(ours, wanted, strict=True):
         assert torch.equal(p, w)
@@ -39,15 +39,15 @@ def test_weights_keep_their_values_and_share_one_tensor(dtype):
 def test_laying_flat_twice_moves_nothing():
     # Catches: _common_tensor that never finds it, which would copy the model at every step.
     ours = parameters()
-    first = flat_weights(ours)
-    assert flat_weights(ours).data_ptr() == first.data_ptr() == ours[0].data_ptr()
+    first = flatten(ours)
+    assert flatten(ours).data_ptr() == first.data_ptr() == ours[0].data_ptr()
 
 
 @pytest.mark.parametrize("change", ["order", "other storage", "not contiguous"])
 def test_what_only_looks_flat_is_laid_anew(change):
     # Catches: either comparison of _common_tensor dropped.
     ours = parameters()
-    old = flat_weights(ours)
+    old = flatten(ours)
     if change == "order":
         ours[1], ours[2] = ours[2], ours[1]
     elif change == "other storage":
@@ -55,7 +55,7 @@ def test_what_only_looks_flat_is_laid_anew(change):
     else:
         ours[0].data = ours[0].detach().t()
     wanted = [p.detach().clone() for p in ours]
-    assert flat_weights(ours).data_ptr() != old.data_ptr()
+    assert flatten(ours).data_ptr() != old.data_ptr()
     for p, w in zip(ours, wanted, strict=True):
         assert torch.equal(p, w)
 
@@ -66,12 +66,12 @@ def test_a_gradient_is_added_in_place_and_gathered_where_it_is_not():
     flat = zero_gradient(ours)
     for _ in range(2):
         sum((i + 1) * p.sum() for i, p in enumerate(ours)).backward()
-    assert flat_gradient(ours).data_ptr() == flat.data_ptr()
-    assert [v.unique().tolist() for v in views_of(flat, ours)] == [[2.0], [4.0], [6.0], [8.0]]
+    assert gather_gradient(ours).data_ptr() == flat.data_ptr()
+    assert [v.unique().tolist() for v in _views(flat, ours)] == [[2.0], [4.0], [6.0], [8.0]]
     ours[0].grad, ours[1].grad = torch.full((11, 7), 3.0).t(), None
-    gathered = flat_gradient(ours)
+    gathered = gather_gradient(ours)
     assert gathered.data_ptr() != flat.data_ptr()
-    assert [v.unique().tolist() for v in views_of(gathered, ours)] == [[3.0], [0.0], [6.0], [8.0]]
+    assert [v.unique().tolist() for v in _views(gathered, ours)] == [[3.0], [0.0], [6.0], [8.0]]
 
 
 def test_a_model_made_on_meta_gets_flat_weights_and_computes_the_same():

@@ -1,4 +1,4 @@
-"""Sampling: what is drawn has the model's distribution, and scheduling changes none of it."""
+"""SamplingParams: what is drawn has the model's distribution, and scheduling changes none of it."""
 
 import gc
 import math
@@ -10,7 +10,14 @@ import torch
 from helpers import CONFIG, Seen, random_model, random_tokens
 
 import generate as module
-from generate import Sampling, count_slots, draw, generate, generate_one, log_probs
+from generate import (
+    SamplingParams,
+    count_slots,
+    generate,
+    generate_one,
+    sample_tokens,
+    sampling_logits,
+)
 from qwen2_model import KVCache
 
 TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
@@ -19,10 +26,14 @@ PROMPTS = [
     random_tokens(n, seed=n, vocab_size=VOCAB).tolist() for n in (5, 1, 59, 17, 2)
 ]  # 59 + 23 crosses a SPAN of 64
 NUM_ANSWERS, MAX_GEN_LEN = 3, 23
-ROW_BYTES = KVCache.bytes_per_token(CONFIG, torch.float32) * (59 + MAX_GEN_LEN)
+SLOT_BYTES = KVCache.bytes_per_token(CONFIG, torch.float32) * (59 + MAX_GEN_LEN)
 
 
-SAMPLING = Sampling(MAX_GEN_LEN, TEMPERATURE, VOCAB, STOP_IDS)
+SAMPLING = SamplingParams(MAX_GEN_LEN, TEMPERATURE, VOCAB, STOP_IDS)
+
+
+def log_probs(logits_PV, temperature, vocab_size):
+    return torch.log_softmax(sampling_logits(logits_PV, temperature, vocab_size), dim=-1)
 
 
 def run(
@@ -32,7 +43,7 @@ def run(
     seed=0,
     num_answers=NUM_ANSWERS,
     cache_bytes=None,
-    watch=None,
+    progress=None,
     **changes,
 ):
     return generate(
@@ -42,7 +53,7 @@ def run(
         num_answers=num_answers,
         generator=torch.Generator().manual_seed(seed),
         cache_bytes=cache_bytes,
-        watch=watch or Seen(),
+        progress=progress or Seen(),
     )
 
 
@@ -90,7 +101,9 @@ def test_draws_have_the_distribution():
     draws = 100_000
     log_probs_RV = log_probs(logits_V.repeat(draws, 1), 1.3, 9)
     uniform_R = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    ids_R, logprobs_R, entropy_R = draw(log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1])
+    ids_R, logprobs_R, entropy_R = sample_tokens(
+        log_probs_RV.clone(), uniform_R, log_probs_RV.shape[1]
+    )
     probs_V = torch.softmax(logits_V[:9].double() / 1.3, dim=0)
     statistic, threshold = chi_square(
         torch.bincount(ids_R, minlength=11).tolist(), [*probs_V.tolist(), 0, 0]
@@ -107,7 +120,9 @@ def test_the_ends_of_the_uniform_draw_possible_ids(uniform):
     generator = torch.Generator().manual_seed(0)
     logits_RV = 3 * torch.randn(500, 997, generator=generator)
     logits_RV[:, :3] = -1e30
-    ids_R, logprobs_R, _ = draw(log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform), 977)
+    ids_R, logprobs_R, _ = sample_tokens(
+        log_probs(logits_RV, 1.0, 977), torch.full((500,), uniform), 977
+    )
     assert (ids_R >= 3).all()
     assert (ids_R < 977).all()
     assert (logprobs_R > -100).all()
@@ -186,9 +201,9 @@ def test_the_cache_budget_changes_nothing(slots):
     # Catches: uniforms that belong to the slot; a row that takes over a slot and keeps its predecessor's length; answers_R not
     # moved with its cache.
     every, few = Seen(), Seen()
-    wanted = run(watch=every)
-    budget = slots * ROW_BYTES + ROW_BYTES // 2
-    got = run(cache_bytes=budget, watch=few)
+    wanted = run(progress=every)
+    budget = slots * SLOT_BYTES + SLOT_BYTES // 2
+    got = run(cache_bytes=budget, progress=few)
     assert (slots_of(budget), slots_of(None)) == (slots, 15)
     assert_same_samples(got, wanted)
     tokens = sum(len(s.token_ids) for s in got)
@@ -202,7 +217,7 @@ def test_many_answers_are_drawn_as_one_is(slots):
     # Catches: a draw from the wrong row of the table of uniforms, or one column late (`ids_AG[answers_R, lengths_R]` -> `0`).
     model, generator = random_model(), torch.Generator().manual_seed(0)
     uniforms_AG = torch.rand((len(PROMPTS) * NUM_ANSWERS + 1, MAX_GEN_LEN + 1), generator=generator)
-    samples = run(model, cache_bytes=slots * ROW_BYTES)
+    samples = run(model, cache_bytes=slots * SLOT_BYTES)
     assert len(samples) == 15
     for i, sample in enumerate(samples):
         assert (
@@ -237,15 +252,17 @@ def test_looking_seldom_and_rounding_rows_up_changes_nothing(
     def fixed(value):  # a property goes before what __init__ assigns to the same name
         return property(lambda self: value, lambda self, assigned: None)
 
-    names = {
-        "interval": fixed(interval),
-        "round_up": fixed(lambda rows: -(-rows // round_to) * round_to),
-    }
+    class EagerGraphs:
+        def step(self, decoder, slots):
+            decoder.step(slots)
+
+    names = {"interval": fixed(interval), "graphs": fixed(EagerGraphs())}
     seldom = type("Seldom", (module.Decoder,), names)
     wanted = run()
     monkeypatch.setattr(module, "Decoder", seldom)
+    monkeypatch.setattr(module, "round_up_slots", lambda n: -(-n // round_to) * round_to)
     seen = Seen()
-    got = run(cache_bytes=slots * ROW_BYTES, watch=seen)
+    got = run(cache_bytes=slots * SLOT_BYTES, progress=seen)
     assert_same_samples(got, wanted)
     row_steps = seen.counts["row_steps"]
     assert sum(len(s.token_ids) for s in got) < row_steps or (interval == 1 and slots == 1)
@@ -257,11 +274,11 @@ def test_looking_seldom_and_rounding_rows_up_changes_nothing(
 def test_progress_counts_prompts_and_ended_answers(slots):
     # Catches: `return len(ended) - alive` -> `return len(ended)`.
     seen = Seen()
-    run(cache_bytes=slots * ROW_BYTES, watch=seen)
-    assert seen.parts == [("prefill", 5), ("decode", 15)]
-    for name, total in seen.parts:
-        assert sum(amount for part, amount in seen.advances if part == name) == total
-    assert min(amount for _, amount in seen.advances) == 0
+    run(cache_bytes=slots * SLOT_BYTES, progress=seen)
+    assert seen.phases == [("prefill", 5), ("decode", 15)]
+    for name, total in seen.phases:
+        assert sum(amount for part, amount in seen.updates if part == name) == total
+    assert min(amount for _, amount in seen.updates) == 0
 
 
 def test_the_generator_decides():
@@ -288,20 +305,18 @@ def test_a_prompt_too_long_for_the_model_says_what_would_fit():
     prompt = random_tokens(500, vocab_size=VOCAB).tolist()
     with pytest.raises(
         ValueError,
-        match=r"500 tokens and answers of up to 13 exceed the model's 512 (?s:.*)max_gen_len=12",
+        match=r"prompt 0 has 500 tokens; with an answer of max_gen_len=13 .*=512; .*max_gen_len=12",
     ):
         run(prompts=[prompt], max_gen_len=13)
     samples = run(prompts=[prompt], max_gen_len=12)
     assert len(samples) == NUM_ANSWERS
 
 
-@pytest.mark.parametrize("cache_bytes", [0, ROW_BYTES - 1])
+@pytest.mark.parametrize("cache_bytes", [0, SLOT_BYTES - 1])
 def test_a_budget_without_room_for_a_row_says_what_one_takes(cache_bytes):
-    with pytest.raises(
-        ValueError, match=rf"holds no row: one of 59 \+ 23 tokens takes {ROW_BYTES:,}"
-    ):
+    with pytest.raises(ValueError, match=rf"hold no answer: .* 82 tokens, take {SLOT_BYTES:,}"):
         run(cache_bytes=cache_bytes)
-    assert slots_of(ROW_BYTES) == 1
+    assert slots_of(SLOT_BYTES) == 1
 
 
 @pytest.mark.gpu
@@ -309,7 +324,7 @@ def test_a_budget_without_room_for_a_row_says_what_one_takes(cache_bytes):
 def test_cuda_draws_what_the_cpu_draws(slots):
     # Would catch: a CUDA graph replayed for another shape, or replayed without the span growing.
     wanted = run()
-    got = run(random_model().cuda(), cache_bytes=slots * ROW_BYTES)
+    got = run(random_model().cuda(), cache_bytes=slots * SLOT_BYTES)
     assert_same_samples(got, wanted)
 
 

@@ -5,7 +5,6 @@ import random
 import statistics
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,17 +22,15 @@ from hypothesis import strategies as st
 import grpo
 from countdown_task import render_prompt
 from data_types import Episode, Question, Reward
-from generate import Sampling, generate_one
+from generate import SamplingParams, generate_one
 from grpo import (
-    ChunkedLoss,
     episode_advantages,
     group_advantages,
     rollout,
-    token_loss,
+    token_logprobs,
     update_policy,
 )
 from optimizer import AdamW
-from packing import Row
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -187,14 +184,14 @@ def assert_same_gradient(got: dict, wanted: dict):
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("micro_batch_tokens", "chunk_rows", "checkpoint_layers"),
+    ("micro_batch_tokens", "chunk_rows", "recompute_layers"),
     [(1, 1000, 0), (29, 1000, 0), (47, 7, 2), (8192, 3, 0), (8192, 1000, 3)],
 )
 def test_update_gradient_equals_a_naive_loop(
-    micro_batch_tokens, chunk_rows, checkpoint_layers, tied, ragged, skip_unfinished, monkeypatch
+    micro_batch_tokens, chunk_rows, recompute_layers, tied, ragged, skip_unfinished, monkeypatch
 ):
     # Catches: num_tokens counted over `run` instead of `kept` or per row; advantages taken after the filter (over
-    # `kept`); `/ temperature` dropped from the gradient; `logits_PV[:, vocab_size:] = IMPOSSIBLE` dropped; sources_P
+    # `kept`); `/ temperature` dropped from the gradient; `logits_PV[:, vocab_size:] = IMPOSSIBLE` dropped; logit_positions_P
     # off by one; positions of an answer starting at 0; an answer that does not see its prompt; `addmm_` -> overwrite,
     # which forgets all chunks but the last.
     monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 101)
@@ -209,7 +206,7 @@ def test_update_gradient_equals_a_naive_loop(
         temperature=TEMPERATURE,
         vocab_size=VOCAB,
         micro_batch_tokens=micro_batch_tokens,
-        checkpoint_layers=checkpoint_layers,
+        recompute_layers=recompute_layers,
     )
     loss, num_tokens, gradient = naive_gradient(tied, ragged, skip_unfinished)
     assert_same_gradient(recorder.gradient, gradient)
@@ -276,11 +273,10 @@ def test_progress_counts_each_prompt_once_a_group():
     model, seen = random_model(), Seen()
     episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
     update_policy(
-        model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, watch=seen
+        model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, progress=seen
     )
-    assert seen.parts == [("gradient", 28), ("optimizer", 1)]
-    assert seen.advances == [("gradient", 2 * (5 + 3 * 3))]
-    assert seen.counts["tokens_run"] == 28
+    assert seen.phases == [("gradient", 28), ("optimizer", 1)]
+    assert seen.updates == [("gradient", 2 * (5 + 3 * 3))]
 
 
 @pytest.mark.parametrize(
@@ -382,9 +378,8 @@ def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
 
 def test_a_gradient_of_zero_makes_no_step(monkeypatch):
     # Catches: the optimizer fed zeros, by which its momentum would move the weights.
-    monkeypatch.setattr(
-        grpo, "token_loss", lambda logprobs_P, row, num_tokens: 0.0 * logprobs_P.sum()
-    )
+    plain = grpo.response_logprobs
+    monkeypatch.setattr(grpo, "response_logprobs", lambda *a, **k: 0.0 * plain(*a, **k))
     stats = assert_no_step(random_model(), batch(True))
     assert stats.skipped == "the gradient is 0"
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
@@ -407,7 +402,7 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
     recorder = Recorder(model)
 
     class Interrupting(Seen):
-        def advance(self, amount=0, **counts):
+        def update(self, n=0, **counts):
             raise KeyboardInterrupt
 
     update = dict(
@@ -415,7 +410,7 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
     )  # noqa: C408
     with pytest.raises(KeyboardInterrupt):
         update_policy(
-            model, recorder, batch(True), micro_batch_tokens=29, watch=Interrupting(), **update
+            model, recorder, batch(True), micro_batch_tokens=29, progress=Interrupting(), **update
         )
     assert recorder.gradient is None
     update_policy(model, recorder, batch(True), **update)
@@ -462,113 +457,75 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
     assert errors["model.embed_tokens.weight"] < 1.5 * errors["model.layers.0.mlp.up_proj.weight"]
 
 
-# --- the loss
-
-
-def test_the_loss_by_hand():
-    # Catches: the sign; a mean instead of the sum over num_tokens, which would weigh rows by their own length.
-    logprobs_P, advantages_P = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0.5, 0.5, -1.0])
-    assert token_loss(logprobs_P, SimpleNamespace(advantages_P=advantages_P), 10) == pytest.approx(
-        -(-0.5 - 1.0 + 4.0) / 10
-    )
-
-
-class Head:
-    """What ChunkedLoss asks of a model: the head, its product and the gradient that stands."""
-
-    def __init__(self, weight_VE, product=lambda hidden, weight: hidden @ weight.t()):
-        self.head_weight_VE, self.product = weight_VE, product
-        self.head_weight_VE.grad = torch.full_like(weight_VE, 5.0)
-
-    def logits(self, hidden_PE, out):
-        return self.product(hidden_PE, self.head_weight_VE.detach())
-
-
-def scored(targets_P, advantages_P) -> Row:
-    """What ChunkedLoss asks of a row."""
-    nothing = torch.zeros(0, dtype=torch.long)
-    return Row(
-        nothing,
-        nothing,
-        [],
-        torch.zeros_like(targets_P),
-        targets_P,
-        advantages_P,
-        torch.zeros(len(targets_P)),
-        [0],
-    )
-
+# --- log-probabilities of tokens
 
 TARGETS_P = torch.tensor([0, 3, 10, 3, 9, 1, 1])
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-def test_the_loss_in_chunks_and_its_gradient_equal_autograds(chunk_rows, monkeypatch):
-    # Catches: `.mul_(-grad_C1)` -> `.mul_(grad_C1)`; `/ temperature` dropped; the head's gradient overwritten, not added to.
-    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 13)
+def hidden_and_head(dtype=torch.float64) -> list[torch.Tensor]:
+    """7 tokens, hidden size 5, a head of 13 rows, of which 11 are in the vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    hidden_PE, head_VE = (
-        torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-        for n in (7, 13)
-    )
-    advantages_P = torch.randn(7, generator=generator, dtype=torch.float64)
-    wanted_P = torch.log_softmax((hidden_PE @ head_VE.t())[:, :11] / 0.6, dim=-1)[
-        torch.arange(7), TARGETS_P
-    ]
-    wanted_loss = -(advantages_P * wanted_P).sum() / 10
-    wanted = torch.autograd.grad(wanted_loss, (hidden_PE, head_VE))
-    loss, logprobs_P = ChunkedLoss.apply(
-        hidden_PE, Head(head_VE), scored(TARGETS_P, advantages_P), 10, 0.6, 11
-    )
-    loss.backward()
-    for got, exact in (
-        (loss, wanted_loss),
-        (logprobs_P, wanted_P),
-        (hidden_PE.grad, wanted[0]),
-        (head_VE.grad - 5.0, wanted[1]),
-    ):
-        torch.testing.assert_close(got, exact)
+    tensors = [torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 13)]
+    return [x.to(dtype).requires_grad_() for x in tensors]
 
 
-@pytest.mark.parametrize("budget", [1, 10**6])
-def test_the_loss_in_chunks_of_a_bf16_head_whose_product_returns_float32(budget, monkeypatch):
-    # As on CUDA. Catches: the wide buffer of the weights' dtype; `max(1, …)` -> `max(0, …)` where a row exceeds the budget.
-    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", budget)
-    generator = torch.Generator().manual_seed(1)
-    hidden_PE, head_VE = (
-        torch.randn(n, 5, generator=generator).bfloat16().requires_grad_() for n in (7, 13)
-    )
-    advantages_P = torch.randn(7, generator=generator)
-    head = Head(head_VE, lambda hidden, weight: hidden.float() @ weight.float().t())
-    head_VE.grad.zero_()
-    loss, logprobs_P = ChunkedLoss.apply(
-        hidden_PE, head, scored(TARGETS_P, advantages_P), 10, 0.6, 11
-    )
-    loss.backward()
-    exact_hidden, exact_head = (t.detach().double().requires_grad_() for t in (hidden_PE, head_VE))
-    wanted_P = torch.log_softmax((exact_hidden @ exact_head.t())[:, :11] / 0.6, dim=-1)[
-        torch.arange(7), TARGETS_P
-    ]
-    (-(advantages_P * wanted_P).sum() / 10).backward()
-    assert logprobs_P.dtype == loss.dtype == torch.float32
-    torch.testing.assert_close(logprobs_P.double(), wanted_P.detach(), rtol=1e-5, atol=1e-5)
-    for got, exact in ((hidden_PE.grad, exact_hidden.grad), (head_VE.grad, exact_head.grad)):
-        assert float((got.double() - exact).norm() / exact.norm()) < 0.01
+def plain_logprobs(hidden_PE, head_VE, temperature=0.6):
+    logits_PV = (hidden_PE @ head_VE.t())[:, :11] / temperature
+    return torch.log_softmax(logits_PV, dim=-1)[torch.arange(7), TARGETS_P]
 
 
-def test_the_loss_in_chunks_says_where_it_is_to_be_scaled_and_learns_nothing_without_grad():
-    # Catches: the check left out (the head's gradient would miss the factor); the head's gradient added under no_grad.
-    hidden_PE, head_VE = (torch.randn(n, 5, requires_grad=True) for n in (7, 13))
-    row = scored(TARGETS_P, torch.ones(7))
-    loss, _ = ChunkedLoss.apply(hidden_PE, Head(head_VE), row, 10, 1.0, 11)
-    with pytest.raises(ValueError, match=r"multiplied by 0\.5; do it in token_loss"):
-        (0.5 * loss).backward()
-    head = Head(head_VE)
+def chunked_logprobs(hidden_PE, head_VE, temperature=0.6):
+    return token_logprobs(hidden_PE, head_VE, TARGETS_P, temperature=temperature, vocab_size=11)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_token_logprobs_pass_gradcheck(chunk_tokens, monkeypatch):
+    # Catches: `mul_(-grad_C1)` -> `mul_(grad_C1)`; `/ ctx.temperature` dropped; a chunk that
+    # overwrites what earlier chunks added to the gradient of the head.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_tokens * 4 * 13)
+    hidden_PE, head_VE = hidden_and_head()
+    assert torch.autograd.gradcheck(chunked_logprobs, (hidden_PE, head_VE))
+    wanted_P = plain_logprobs(hidden_PE, head_VE)
+    torch.testing.assert_close(chunked_logprobs(hidden_PE, head_VE), wanted_P)
+
+
+def test_token_logprobs_are_an_ordinary_expression():
+    # Catches: a gradient that is computed in forward, or added to .grad on the side.
+    weight_P = torch.linspace(-2, 3, 7, dtype=torch.float64)
+
+    def loss(logprobs_P):  # not linear in the log-probabilities
+        return (weight_P * logprobs_P.exp()).sum() * 3 + logprobs_P.square().mean()
+
+    inputs = hidden_and_head()
+    wanted = torch.autograd.grad(loss(plain_logprobs(*inputs)), inputs)
+    for tensor in inputs:
+        tensor.grad = torch.full_like(tensor, 5.0)
     with torch.no_grad():
-        ChunkedLoss.apply(
-            hidden_PE.detach(), head, row, 10, 1.0, 11
-        )  # as hidden states come under no_grad
-    assert (head_VE.grad == 5.0).all()
+        chunked_logprobs(*inputs)
+    loss(chunked_logprobs(*inputs)).backward()
+    for tensor, gradient in zip(inputs, wanted, strict=True):
+        torch.testing.assert_close(tensor.grad - 5.0, gradient)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 10**6])
+def test_token_logprobs_of_a_bf16_head_are_computed_in_float32(chunk_bytes, monkeypatch):
+    # On CUDA the product returns float32. Catches: softmax in bf16; `max(1, ...)` -> `max(0, ...)`
+    # where the logits of one token exceed a chunk.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setattr(
+        grpo, "head_logits", lambda hidden, weight: hidden.float() @ weight.float().t()
+    )
+    hidden_PE, head_VE = hidden_and_head(torch.bfloat16)
+    weight_P = torch.linspace(-2, 3, 7)
+    logprobs_P = chunked_logprobs(hidden_PE, head_VE)
+    (weight_P * logprobs_P).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden_PE, head_VE)]
+    wanted_P = plain_logprobs(*exact)
+    (weight_P * wanted_P).sum().backward()
+    assert logprobs_P.dtype == torch.float32
+    torch.testing.assert_close(logprobs_P.double(), wanted_P, rtol=1e-5, atol=1e-5)
+    for x, x_exact in zip((hidden_PE, head_VE), exact, strict=True):
+        assert float((x.grad.double() - x_exact.grad).norm() / x_exact.grad.norm()) < 0.01
 
 
 # --- from the rollout to the update
@@ -646,15 +603,15 @@ def test_rollout_reports_what_it_does(tokenizer):
         temperature=1.0,
         reward_function=lambda text: Reward(0.0, {}),
         generator=torch.Generator().manual_seed(0),
-        watch=seen,
+        progress=seen,
     )
-    assert seen.parts == [("prefill", 1), ("decode", 5), ("reward", 5)]
+    assert seen.phases == [("prefill", 1), ("decode", 5), ("reward", 5)]
     assert seen.counts["row_steps"] == sum(len(e.response_token_ids) for e in episodes)
-    assert [amount for part, amount in seen.advances if part == "reward"] == [1] * 5
+    assert [amount for part, amount in seen.updates if part == "reward"] == [1] * 5
 
 
 def test_sampler_and_trainer_agree_on_every_log_probability(tokenizer):
-    # Catches: the temperature or the vocabulary mask applied by one of the two only; sources_P off by one.
+    # Catches: the temperature or the vocabulary mask applied by one of the two only; logit_positions_P off by one.
     model = random_model()
     _, episodes = sample_episodes(model, tokenizer)
     update = dict(max_grad_norm=1.0, skip_unfinished=False, vocab_size=VOCAB, micro_batch_tokens=50)  # noqa: C408
@@ -718,7 +675,8 @@ def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_mode
             skip_unfinished=False,
             vocab_size=tokenizer.vocab_size,
         )
-        assert stats.weights_changed > 0.9
+        assert not stats.skipped
+        assert optimizer.weights_changed > 0.9
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
@@ -726,7 +684,7 @@ def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_mode
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert set(theirs.generation_config.eos_token_id) == tokenizer.stop_ids
     rows_without_a_token = list(range(tokenizer.vocab_size, model.config.vocab_size))
-    greedy = Sampling(29, 1e-5, tokenizer.vocab_size, tokenizer.stop_ids)
+    greedy = SamplingParams(29, 1e-5, tokenizer.vocab_size, tokenizer.stop_ids)
     untrained = Transformer.from_pretrained(base_model, device="cpu", dtype=torch.float32)
     for prompt, question in zip(prompts, questions, strict=True):
         given = their_tokenizer(prompt, return_tensors="pt")

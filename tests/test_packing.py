@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_types import Episode
-from packing import attend_within, pack_rows
+from packing import packed_attention, pack_micro_batches
 
 H, K, D = 10, 2, 6
 SHAPE = replace(CONFIG, num_attention_heads=H, num_key_value_heads=K)
@@ -42,7 +42,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
     # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1` (right for the first answer only); a last row that is not
     # yielded; answer positions that begin at 0 (`segment.prompt_length + i` -> `i`).
     answers = make_batch(groups)
-    rows = list(pack_rows(random.sample(answers, len(answers)), micro_batch_tokens))
+    rows = list(pack_micro_batches(random.sample(answers, len(answers)), micro_batch_tokens))
     by_token = {t: (e, n, a) for e, a in answers for n, t in enumerate(e.response_token_ids)}
     scored = Counter()
     for row in rows:
@@ -50,7 +50,7 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
         assert sum(r.length for r in row.segments) == len(tokens) == len(positions)
         assert len(tokens) == len(set(tokens))  # no prompt twice within a row
         for source, target, advantage, logprob in zip(
-            row.sources_P.tolist(),
+            row.logit_positions_P.tolist(),
             row.targets_P.tolist(),
             row.advantages_P.tolist(),
             row.sampler_logprobs_P.tolist(),
@@ -79,10 +79,10 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
 def test_one_row_is_laid_out_as_the_picture_shows():
     # Catches: `Segment(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
     answers = make_batch([(3, [2, 4]), (2, [1])])
-    (row,) = pack_rows(answers, 100)
+    (row,) = pack_micro_batches(answers, 100)
     assert row.tokens_S.tolist() == list(range(12))
     assert row.positions_S.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2]
-    assert row.sources_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
+    assert row.logit_positions_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
     assert row.targets_P.tolist() == [3, 4, 5, 6, 7, 8, 11]
     assert row.advantages_P.tolist() == [1, 1, 2, 2, 2, 2, 3]
     assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in row.segments] == [
@@ -97,7 +97,7 @@ def test_one_row_is_laid_out_as_the_picture_shows():
 def test_rows_are_about_equally_long():
     # Catches: `size >= limit` dropped: rows of 100, 100 and 22 tokens instead of three of 74.
     answers = make_batch([(1, [1] * 219)])
-    sizes = [len(row.tokens_S) for row in pack_rows(answers, 100)]
+    sizes = [len(row.tokens_S) for row in pack_micro_batches(answers, 100)]
     assert len(sizes) == 3
     assert max(sizes) - min(sizes) <= 5
 
@@ -147,9 +147,9 @@ def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens
     # Catches: `steps_L < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
     # `repeat_interleave`; every answer given the row's first prompt.
     answers = make_batch(groups)
-    for row in pack_rows(answers, micro_batch_tokens):
+    for row in pack_micro_batches(answers, micro_batch_tokens):
         assert_same_attention(
-            attend_within(row, SHAPE, torch.float64), row, [e for e, _ in answers]
+            packed_attention(row, SHAPE, torch.float64), row, [e for e, _ in answers]
         )
 
 
@@ -164,15 +164,17 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
         for q, n in [(0, 3), (1, 7), (0, 13), (2, 2), (1, 1)]
     ]
     got = {}
-    for row in pack_rows([(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens):
-        attend = attend_within(row, model.config, torch.float32)
+    for row in pack_micro_batches(
+        [(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens
+    ):
+        attend = packed_attention(row, model.config, torch.float32)
         logits_SV = model.logits(
             model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0]
         )
         for i in range(5):
             mine_P = row.advantages_P == i
             if mine_P.any():
-                got[i] = logits_SV[row.sources_P[mine_P]]
+                got[i] = logits_SV[row.logit_positions_P[mine_P]]
     for i, e in enumerate(episodes):
         wanted = model(torch.tensor([e.prompt_token_ids + e.response_token_ids]))[
             0, len(e.prompt_token_ids) - 1 : -1
@@ -184,13 +186,13 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
 def test_attention_on_cuda_equals_the_cpus():
     # Would catch: a mask or an index that still lies on the CPU.
     answers = make_batch([(131, [40, 90]), (5, [7])])
-    (row,) = pack_rows(answers, 999)
+    (row,) = pack_micro_batches(answers, 999)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K)
     )
-    wanted = attend_within(row, SHAPE, torch.float32)(0, q, k, v)
-    got = attend_within(row.to(torch.device("cuda")), SHAPE, torch.float32)(
+    wanted = packed_attention(row, SHAPE, torch.float32)(0, q, k, v)
+    got = packed_attention(row.to(torch.device("cuda")), SHAPE, torch.float32)(
         0, q.cuda(), k.cuda(), v.cuda()
     )
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
@@ -199,13 +201,13 @@ def test_attention_on_cuda_equals_the_cpus():
 def test_keys_come_in_multiples_that_kernels_read_without_copying():
     # Catches: `-(L + Q) % KEY_MULTIPLE` -> 0.
     answers = make_batch(GROUPS)
-    (row,) = pack_rows(answers, 999)
+    (row,) = pack_micro_batches(answers, 999)
     keys = []
     with patch(
         "packing.F.scaled_dot_product_attention",
         lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q,
     ):
-        attend_within(row, SHAPE, torch.float64)(0, *random_qkv(len(row.tokens_S)))
+        packed_attention(row, SHAPE, torch.float64)(0, *random_qkv(len(row.tokens_S)))
     assert keys
     assert all(count % 16 == 0 for count in keys)
 
@@ -214,7 +216,10 @@ def test_keys_come_in_multiples_that_kernels_read_without_copying():
 def test_rows_of_several_processes_are_even_shares(processes):
     # Catches: `again` left out (of two processes one got 4 rows and the other 3: 18 % more work).
     episodes = [episode(q, [1] * 140, [2] * 32, 0.0) for q in range(8) for _ in range(16)]
-    sizes = [len(row.tokens_S) for row in pack_rows([(e, 1.0) for e in episodes], 1024, processes)]
+    sizes = [
+        len(row.tokens_S)
+        for row in pack_micro_batches([(e, 1.0) for e in episodes], 1024, processes)
+    ]
     assert max(sizes) <= 1024
     shares = [
         sum(sizes[rank::processes]) for rank in range(processes)

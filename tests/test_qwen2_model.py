@@ -83,7 +83,7 @@ def test_right_padding_changes_nothing_to_its_left():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_checkpointed_layers_give_the_same_gradients(layers):
-    # Catches: `return x_BSE.grad, None, None` -> `return grad_BSE, None, None` in RunTwice.
+    # Catches: `return x_BSE.grad, None, None` -> `return grad_BSE, None, None` in Recompute.
     model = random_model()
     tokens_BS = random_tokens(2, 11)
     positions_BS = torch.arange(11).expand(2, 11)
@@ -91,7 +91,7 @@ def test_checkpointed_layers_give_the_same_gradients(layers):
     for checkpointed in (0, layers):
         model.zero_grad()
         hidden_BSE = model.hidden_states(
-            tokens_BS, positions_BS, qwen2_model.attend_causally, checkpoint_layers=checkpointed
+            tokens_BS, positions_BS, qwen2_model.causal_attention, recompute_layers=checkpointed
         )
         hidden_BSE.square().sum().backward()
         gradients.append(
@@ -161,8 +161,8 @@ def test_copied_rows_continue_like_their_source():
     tokens_BT = random_tokens(2, 7)
     source, target = new_cache(model, 2, 11), new_cache(model, 3, 13)
     model.next_token_logits(tokens_BT[:, :6], source)
-    target.copy_rows(source, torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), 6)
-    target.span = 6
+    target.copy_slots(source, torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), 6)
+    target.longest = 6
     logits_BV = model.next_token_logits(tokens_BT[[1, 0, 1], 6:], target)
     assert_close(logits_BV, model(tokens_BT[[1, 0, 1]])[:, -1])
 
@@ -173,7 +173,7 @@ def test_a_full_cache_says_what_it_needs():
     with torch.no_grad():
         model.next_token_logits(random_tokens(2, 5), cache)
         with pytest.raises(
-            ValueError, match=r"holds 7 tokens a row, 5 are used and 3 more .* max_len=8"
+            ValueError, match=r"max_len=7 and 5 tokens are used; 3 more need max_len=8"
         ):
             model.next_token_logits(random_tokens(2, 3), cache)
         model.next_token_logits(random_tokens(2, 2), cache)  # what fits still goes in
