@@ -1,4 +1,4 @@
-"""One tensor for all: views where they must be, the same numbers as before, and gradients that autograd adds to in place."""
+"""Flat tensors: the parameters and gradients are views of them and keep their values."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from helpers import random_model, random_tokens
 from torch import nn
 
-from flat import ALIGNMENT, allocate, gather_gradient, flatten, norm, _views, zero_gradient
+from flat import ALIGNMENT, _views, allocate, flatten, gather_gradient, norm, zero_gradient
 from qwen2_model import Transformer
 
 SHAPES = [(7, 11), (13,), (64,), (3, 5, 2)]
@@ -20,8 +20,8 @@ def parameters(dtype=torch.float32) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_keep_their_values_and_share_one_tensor(dtype):
-    # Catches: `.copy_(parameter.detach())` dropped; places that do not grow.
+def test_flatten_keeps_the_values_and_shares_one_tensor(dtype):
+    # Catches: `.copy_(parameter.detach())` dropped; offsets that do not grow.
     ours, wanted = parameters(dtype), parameters(dtype)
     flat = flatten(ours)
     assert flat.shape == (SIZE,)
@@ -36,16 +36,16 @@ def test_weights_keep_their_values_and_share_one_tensor(dtype):
     assert not flat.requires_grad
 
 
-def test_laying_flat_twice_moves_nothing():
-    # Catches: _common_tensor that never finds it, which would copy the model at every step.
+def test_flattening_twice_moves_nothing():
+    # Catches: _shared_tensor that always returns None, so that every call copies the model.
     ours = parameters()
     first = flatten(ours)
     assert flatten(ours).data_ptr() == first.data_ptr() == ours[0].data_ptr()
 
 
 @pytest.mark.parametrize("change", ["order", "other storage", "not contiguous"])
-def test_what_only_looks_flat_is_laid_anew(change):
-    # Catches: either comparison of _common_tensor dropped.
+def test_parameters_that_only_look_flat_are_flattened_again(change):
+    # Catches: any comparison in _shared_tensor dropped.
     ours = parameters()
     old = flatten(ours)
     if change == "order":
@@ -60,8 +60,9 @@ def test_what_only_looks_flat_is_laid_anew(change):
         assert torch.equal(p, w)
 
 
-def test_a_gradient_is_added_in_place_and_gathered_where_it_is_not():
-    # Catches: autograd putting tensors of its own in the place of the views; a missing gradient read as another's.
+def test_autograd_adds_to_the_flat_gradient_and_other_gradients_are_copied():
+    # Catches: autograd replacing the views by new tensors; a missing gradient read from a
+    # neighbour.
     ours = parameters()
     flat = zero_gradient(ours)
     for _ in range(2):
@@ -74,8 +75,8 @@ def test_a_gradient_is_added_in_place_and_gathered_where_it_is_not():
     assert [v.unique().tolist() for v in _views(gathered, ours)] == [[3.0], [0.0], [6.0], [8.0]]
 
 
-def test_a_model_made_on_meta_gets_flat_weights_and_computes_the_same():
-    # Catches: a view of the wrong place for a parameter.
+def test_a_model_built_on_meta_computes_the_same_with_flat_weights():
+    # Catches: a view at the offset of another parameter.
     wanted = random_model()
     with torch.device("meta"):
         model = Transformer(wanted.config)
@@ -89,8 +90,8 @@ def test_a_model_made_on_meta_gets_flat_weights_and_computes_the_same():
     assert torch.equal(model(tokens_BT), wanted(tokens_BT))
 
 
-def test_the_norm_is_that_of_all_numbers():
-    # Catches: the norm taken in bf16, or in float32 over pieces of a million; a last piece left out.
+def test_the_norm_is_accumulated_in_float64_over_all_pieces():
+    # Catches: accumulation in bf16 or float32; the last piece left out.
     flat = torch.randn(2**22 + 77, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert norm(flat) == pytest.approx(math.sqrt(flat.double().square().sum().item()), rel=1e-9)
     flat[-1] = math.nan

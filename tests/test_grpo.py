@@ -1,4 +1,4 @@
-"""The algorithm: advantages by hand, and the gradient of a whole update against a loop written from the equation."""
+"""Advantages against values worked by hand, whole updates against a loop from the equation."""
 
 import math
 import random
@@ -38,7 +38,7 @@ TEMPERATURE, VOCAB = 0.7, 89  # the head has 101 rows
 
 
 class Recorder:
-    """Stands where the optimizer does: keeps the gradient, leaves the weights."""
+    """An optimizer that keeps the gradient and leaves the weights alone."""
 
     def __init__(self, model):
         self.model, self.gradient = model, None
@@ -54,7 +54,7 @@ class Recorder:
 
 
 def test_advantages_by_hand():
-    # Catches: correction=0 -> 1 (sample standard deviation); eps 1e-4 -> 1e-8; the mean over the batch.
+    # Catches: correction=0 -> 1; eps 1e-4 -> 1e-8; the mean of the batch instead of the group.
     rewards_NM = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 5.0, 3.0, 5.0]])
     std = math.sqrt(3) / 4  # of (1, 0, 0, 0) about 1/4: sqrt((9/16 + 3/16) / 4)
     wanted = [
@@ -69,18 +69,18 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.1, 1 / 3, -7.7, 1e-30])
 @pytest.mark.parametrize("answers", [2, 3, 7, 1000])
-def test_equal_rewards_give_exactly_0(reward, answers):
-    # Catches: masked_fill dropped: the mean of three 0.1 is not 0.1, and the difference over eps is an advantage.
+def test_equal_rewards_give_advantages_of_exactly_0(reward, answers):
+    # Catches: masked_fill dropped. The mean of three times 0.1 is not 0.1.
     advantages_NM = group_advantages(
         torch.tensor([[reward] * answers, [0.0] * (answers - 1) + [1.0]])
     )
     assert torch.equal(advantages_NM[0], torch.zeros(answers))
-    assert (advantages_NM[1] != 0).all()  # a neighbour keeps its own
+    assert (advantages_NM[1] != 0).all()  # the other group keeps its advantages
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=2, max_size=17))
 def test_advantages_equal_the_statistics_module(rewards):
-    # Catches: the median for the mean; correction=0 -> 1.
+    # Catches: the median instead of the mean; correction=0 -> 1.
     mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
     wanted = (
         [(r - mean) / (std + 1e-4) for r in rewards]
@@ -93,13 +93,13 @@ def test_advantages_equal_the_statistics_module(rewards):
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 0), (3,)])
-def test_a_group_of_one_is_refused(shape):
+def test_a_group_of_one_is_an_error(shape):
     with pytest.raises(ValueError, match="at least 2 answers"):
         group_advantages(torch.zeros(shape))
 
 
-def test_groups_are_by_question_id_wherever_their_episodes_stand():
-    # Catches: grouping by the prompt's tokens: the two equal questions would become one group with advantages.
+def test_groups_follow_question_ids_in_any_order():
+    # Catches: groups by prompt, which would merge the questions 5 and 2.
     episodes = [
         episode(q, [1, 2], [3], r)
         for q, r in [(5, 1.0), (2, 0.0), (5, 1.0), (2, 0.0), (7, 0.0), (7, 2.0)]
@@ -111,7 +111,10 @@ def test_groups_are_by_question_id_wherever_their_episodes_stand():
 
 
 def batch(ragged: bool) -> list[Episode]:
-    """Five groups of 2 to 5 answers, out of order; one has equal rewards, two have equal prompts; some are cut off."""
+    """Five groups of 2 to 5 answers, not in order.
+
+    One group has equal rewards, two have equal prompts, and some answers are cut off.
+    """
     plan = [
         (0, 1.1),
         (3, 0.0),
@@ -147,7 +150,7 @@ def batch(ragged: bool) -> list[Episode]:
 def naive_gradient(
     tied: bool, ragged: bool, skip_unfinished: bool, temperature=TEMPERATURE, vocab_size=VOCAB
 ):
-    """The loss of DESIGN's equation, one episode at a time, each alone, by transformers and autograd."""
+    """The loss as in the equation, one episode at a time, with transformers and autograd."""
     model, episodes = reference_model(random_model(tied=tied)), batch(ragged)
     mask = [0 if skip_unfinished and not e.is_finished else 1 for e in episodes]
     num_tokens = sum(m * len(e.response_token_ids) for m, e in zip(mask, episodes, strict=True))
@@ -173,10 +176,12 @@ def assert_same_gradient(got: dict, wanted: dict):
         difference = (got[name] - gradient).norm()
         if name.endswith(
             "k_proj.bias"
-        ):  # softmax does not feel what all keys share: the true gradient is 0
+        ):  # a shift of all keys cancels in the softmax: the true gradient is 0
             assert difference < 1e-6 * largest, name
         else:
-            assert gradient.norm() > 1e-4 * largest, name  # or the next line would compare rounding
+            assert gradient.norm() > 1e-4 * largest, (
+                name
+            )  # otherwise the next line compares rounding errors
             assert difference < 1e-5 * gradient.norm(), name
 
 
@@ -184,17 +189,17 @@ def assert_same_gradient(got: dict, wanted: dict):
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("micro_batch_tokens", "chunk_rows", "recompute_layers"),
+    ("micro_batch_tokens", "chunk_tokens", "recompute_layers"),
     [(1, 1000, 0), (29, 1000, 0), (47, 7, 2), (8192, 3, 0), (8192, 1000, 3)],
 )
 def test_update_gradient_equals_a_naive_loop(
-    micro_batch_tokens, chunk_rows, recompute_layers, tied, ragged, skip_unfinished, monkeypatch
+    micro_batch_tokens, chunk_tokens, recompute_layers, tied, ragged, skip_unfinished, monkeypatch
 ):
-    # Catches: num_tokens counted over `run` instead of `kept` or per row; advantages taken after the filter (over
-    # `kept`); `/ temperature` dropped from the gradient; `logits_PV[:, vocab_size:] = IMPOSSIBLE` dropped; logit_positions_P
-    # off by one; positions of an answer starting at 0; an answer that does not see its prompt; `addmm_` -> overwrite,
-    # which forgets all chunks but the last.
-    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_rows * 4 * 101)
+    # Catches: num_tokens counted over `answers` instead of `kept`, or per micro-batch; advantages
+    # computed after the filter; `/ ctx.temperature` dropped; `logits_PV[:, vocab_size:] = MASKED`
+    # dropped; logit_positions_P off by one; positions of an answer that start at 0; an answer that
+    # does not see its prompt; a chunk that overwrites the gradient of earlier chunks.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", chunk_tokens * 4 * 101)
     model = random_model(tied=tied)
     recorder = Recorder(model)
     stats = update_policy(
@@ -219,7 +224,7 @@ def test_update_gradient_equals_a_naive_loop(
 
 
 def test_defaults_are_temperature_1_and_the_whole_head():
-    # Catches: temperature=1.0 -> 0.7 in update_policy's signature.
+    # Catches: temperature=1.0 -> 0.7 in the signature of update_policy.
     model = random_model()
     recorder = Recorder(model)
     update_policy(model, recorder, batch(True), max_grad_norm=math.inf, skip_unfinished=False)
@@ -228,8 +233,8 @@ def test_defaults_are_temperature_1_and_the_whole_head():
     )
 
 
-def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
-    # Catches: optimizer.step() once a row; zero_grad after the step dropped, which would keep the gradient's memory.
+def test_one_optimizer_step_is_taken_and_the_gradient_is_freed():
+    # Catches: optimizer.step() for every micro-batch; optimizer.zero_grad() dropped.
     model, before = random_model(), random_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     update_policy(
@@ -249,7 +254,7 @@ def test_one_optimizer_step_is_taken_and_gradients_are_dropped():
 
 
 def test_clipping_scales_the_gradient_and_reports_the_norm_before():
-    # Catches: `gradient.mul_` left out; the norm taken after clipping.
+    # Catches: `parameter.grad.mul_` dropped; the norm computed after clipping.
     model = random_model()
     recorder = Recorder(model)
     stats = update_policy(
@@ -268,8 +273,8 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before():
     assert_same_gradient(recorder.gradient, {n: g * 0.125 / norm for n, g in gradient.items()})
 
 
-def test_progress_counts_each_prompt_once_a_group():
-    # Catches: the prompt laid out again for every answer.
+def test_progress_counts_each_prompt_once_per_group():
+    # Catches: the prompt packed again for every answer.
     model, seen = random_model(), Seen()
     episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
     update_policy(
@@ -288,17 +293,17 @@ def test_progress_counts_each_prompt_once_a_group():
             lambda e: replace(e, is_finished=e.question_id == 1),
             True,
             "advantage 0",
-        ),  # the group of equal rewards
+        ),  # the group with equal rewards
     ],
 )
-def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, reason):
-    # Catches: `if not run` dropped: AdamW fed zeros would decay the weights and move them by its momentum.
+def test_without_anything_to_learn_the_step_is_skipped(change, skip_unfinished, reason):
+    # Catches: `if not answers` dropped. AdamW would move the weights by decay and momentum.
     model, before = random_model(), random_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    update = dict(max_grad_norm=1.0, temperature=TEMPERATURE, vocab_size=VOCAB)  # noqa: C408
+    update = {"max_grad_norm": 1.0, "temperature": TEMPERATURE, "vocab_size": VOCAB}
     update_policy(
         model, optimizer, batch(True), skip_unfinished=False, **update
-    )  # there is momentum now
+    )  # now there is momentum
     before.load_state_dict(model.state_dict())
     episodes = [change(e) for e in batch(True)]
     stats = update_policy(model, optimizer, episodes, skip_unfinished=skip_unfinished, **update)
@@ -313,7 +318,7 @@ def test_nothing_to_learn_makes_no_step_and_says_why(change, skip_unfinished, re
 
 
 def test_equal_questions_with_different_ids_stay_two_groups():
-    # Catches: groups.setdefault(tuple(prompt_token_ids), …) for question_id.
+    # Catches: groups.setdefault(tuple(episode.prompt_token_ids), ...).
     prompt = [4, 5, 6]
     episodes = [episode(q, prompt, [7, 8, 9], float(q)) for q in (0, 1, 0, 1)]
     model = random_model()
@@ -327,7 +332,7 @@ def test_equal_questions_with_different_ids_stay_two_groups():
 
 
 def assert_no_step(model, episodes, **changes):
-    """The stats of an update that must leave weights, gradients and optimizer alone."""
+    """Run an update that must leave weights, gradients and optimizer alone; return its stats."""
     before = {n: t.clone() for n, t in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     stats = update_policy(
@@ -347,8 +352,8 @@ def assert_no_step(model, episodes, **changes):
         lambda e: replace(e, response_logprobs=[*e.response_logprobs[:-1], -math.inf]),
     ],
 )
-def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
-    # Catches: only the reward, or only the log-probabilities, asked for; a loss of 0 reported that nobody computed.
+def test_a_non_finite_episode_skips_the_step_and_is_named(damage):
+    # Catches: only rewards or only log-probabilities checked; a loss of 0 in the stats.
     episodes = batch(True)
     episodes[9] = damage(episodes[9])
     stats = assert_no_step(random_model(), episodes)
@@ -362,22 +367,22 @@ def test_an_episode_that_is_not_finite_makes_no_step_and_is_named(damage):
     )
 
 
-def test_weights_that_are_not_finite_make_no_step_and_name_the_question():
-    # Catches: the guard behind optimizer.step(); broken_questions of the whole batch for one bad row.
+def test_non_finite_weights_skip_the_step_and_name_the_question():
+    # Catches: the check after optimizer.step(); all questions named instead of one.
     model = random_model()
     episodes = [
         episode(q, [90 + q, 1, 2], [3, 4, 5 + j], float(j)) for q in (3, 5, 7) for j in range(2)
     ]
     with torch.no_grad():
-        model.model.embed_tokens.weight[95] = math.nan  # a token of question 5 alone
+        model.model.embed_tokens.weight[95] = math.nan  # a token that only question 5 has
     stats = assert_no_step(model, episodes, micro_batch_tokens=9)
     assert "not finite" in stats.skipped
     assert stats.broken_questions == [5]
     assert math.isnan(stats.loss)
 
 
-def test_a_gradient_of_zero_makes_no_step(monkeypatch):
-    # Catches: the optimizer fed zeros, by which its momentum would move the weights.
+def test_a_gradient_of_0_skips_the_step(monkeypatch):
+    # Catches: optimizer.step() on zeros, which moves the weights by momentum.
     plain = grpo.response_logprobs
     monkeypatch.setattr(grpo, "response_logprobs", lambda *a, **k: 0.0 * plain(*a, **k))
     stats = assert_no_step(random_model(), batch(True))
@@ -385,19 +390,19 @@ def test_a_gradient_of_zero_makes_no_step(monkeypatch):
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
 
 
-def test_a_gradient_that_is_not_finite_makes_no_step():
-    # Catches: the guard asking for the loss only.
+def test_a_non_finite_gradient_skips_the_step():
+    # Catches: only the loss checked.
     model = random_model()
     model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
     stats = assert_no_step(model, batch(True))
     assert "not finite" in stats.skipped
-    assert stats.broken_questions == [0, 2, 3, 4]  # nobody knows which, of those that were run
-    assert math.isfinite(stats.loss)  # what was computed is reported
+    assert stats.broken_questions == [0, 2, 3, 4]  # one of those that were run
+    assert math.isfinite(stats.loss)  # reported as computed
     assert not math.isfinite(stats.grad_norm)
 
 
-def test_what_an_interrupted_update_left_does_not_reach_the_next():
-    # Catches: `zero_gradient` before the first row dropped.
+def test_an_interrupted_update_leaves_nothing_for_the_next():
+    # Catches: `zero_gradient` dropped.
     model = random_model()
     recorder = Recorder(model)
 
@@ -405,9 +410,12 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
         def update(self, n=0, **counts):
             raise KeyboardInterrupt
 
-    update = dict(
-        max_grad_norm=math.inf, skip_unfinished=False, temperature=TEMPERATURE, vocab_size=VOCAB
-    )  # noqa: C408
+    update = {
+        "max_grad_norm": math.inf,
+        "skip_unfinished": False,
+        "temperature": TEMPERATURE,
+        "vocab_size": VOCAB,
+    }
     with pytest.raises(KeyboardInterrupt):
         update_policy(
             model, recorder, batch(True), micro_batch_tokens=29, progress=Interrupting(), **update
@@ -419,8 +427,8 @@ def test_what_an_interrupted_update_left_does_not_reach_the_next():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
-    # Catches: rows added token by token (tied: 2.7 % off instead of 0.8 %); `.float()` dropped from Transformer.embed (untied: 1.9
-    # % instead of 0.9 %).
+    # Catches: Transformer.embed adding up the gradients of equal tokens in bf16 (tied: 2.7 % off
+    # instead of 0.8 %; untied: 1.9 % instead of 0.9 %).
     tokens = random.Random(0).choices(range(89), [1 / (i + 1) for i in range(89)], k=6000)
     episodes = [
         Episode(
@@ -440,7 +448,7 @@ def test_frequent_tokens_keep_their_gradient_in_bf16(tied):
         for parameter in model.parameters():
             parameter.mul_(
                 0.3 if parameter.ndim == 2 else 1
-            )  # a tame model: the products' own rounding stays small
+            )  # keeps the rounding of the matrix products small
         model = model.requires_grad_().bfloat16().to(dtype)
         recorder = Recorder(model)
         update_policy(
@@ -528,7 +536,7 @@ def test_token_logprobs_of_a_bf16_head_are_computed_in_float32(chunk_bytes, monk
         assert float((x.grad.double() - x_exact.grad).norm() / x_exact.grad.norm()) < 0.01
 
 
-# --- from the rollout to the update
+# --- rollout and update together
 
 
 @pytest.fixture(scope="module")
@@ -564,8 +572,8 @@ def sample_episodes(
 
 
 def test_rollout_scores_every_answer_in_order(tokenizer):
-    # Catches: `i // num_answers` -> `i % len(questions)`; the stop token left in the text; the last token cut from an
-    # unfinished answer's text too.
+    # Catches: `i // num_answers` -> `i % len(questions)`; the stop token left in the text; the last
+    # token cut from unfinished answers too.
     calls = []
 
     def reward(text, *, numbers, target):
@@ -590,8 +598,8 @@ def test_rollout_scores_every_answer_in_order(tokenizer):
     assert {e.is_finished for e in episodes} == {True, False}
 
 
-def test_rollout_reports_what_it_does(tokenizer):
-    # Catches: the reward outside its part.
+def test_rollout_reports_its_phases(tokenizer):
+    # Catches: rewards computed outside their phase.
     seen = Seen()
     questions = [Question("", [1, 2, 3], {})]
     episodes = rollout(
@@ -610,18 +618,23 @@ def test_rollout_reports_what_it_does(tokenizer):
     assert [amount for part, amount in seen.updates if part == "reward"] == [1] * 5
 
 
-def test_sampler_and_trainer_agree_on_every_log_probability(tokenizer):
-    # Catches: the temperature or the vocabulary mask applied by one of the two only; logit_positions_P off by one.
+def test_sampler_and_trainer_agree_on_log_probabilities(tokenizer):
+    # Catches: temperature or vocabulary mask applied by one of them only; a shift by one.
     model = random_model()
     _, episodes = sample_episodes(model, tokenizer)
-    update = dict(max_grad_norm=1.0, skip_unfinished=False, vocab_size=VOCAB, micro_batch_tokens=50)  # noqa: C408
+    update = {
+        "max_grad_norm": 1.0,
+        "skip_unfinished": False,
+        "vocab_size": VOCAB,
+        "micro_batch_tokens": 50,
+    }
     stats = update_policy(model, Recorder(model), episodes, temperature=0.8, **update)
     assert 0 < stats.logprob_diff_mean <= stats.logprob_diff_max < 1e-4
     mismatched = update_policy(model, Recorder(model), episodes, temperature=1.0, **update)
     assert mismatched.logprob_diff_mean > 0.1
 
 
-def test_logprob_difference_is_the_mean_and_the_largest():
+def test_logprob_difference_has_its_mean_and_maximum():
     # Catches: `.abs()` dropped.
     model = random_model()
     episodes = [episode(0, [1, 2], [3, 4, 5], 0.0), episode(0, [1, 2], [6, 7], 1.0)]
@@ -642,11 +655,11 @@ def test_logprob_difference_is_the_mean_and_the_largest():
     assert stats.logprob_diff_max == pytest.approx(2.0, abs=1e-5)
 
 
-# --- from the update to the published format
+# --- from training to transformers
 
 
-def test_a_trained_checkpoint_decodes_greedily_in_transformers_as_here(base_model, tmp_path):
-    # Catches: a weight saved as it was before the steps; another rope_theta written; a stop id left out.
+def test_a_trained_checkpoint_decodes_the_same_in_transformers(base_model, tmp_path):
+    # Catches: weights saved as before the steps; another rope_theta; a stop id left out.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = Tokenizer.from_pretrained(base_model)

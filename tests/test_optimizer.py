@@ -1,4 +1,4 @@
-"""AdamW against torch.optim.AdamW: equal in float32, and in bf16 by its float32 master."""
+"""AdamW against torch.optim.AdamW: the weights in float32, the master weights in bf16."""
 
 import struct
 
@@ -32,7 +32,7 @@ def random_grads(step: int, dtype=torch.float32, device="cpu") -> list[torch.Ten
 
 
 def take_steps(optimizer, params, steps, dtype=None):
-    """Gradients are rounded to bf16 where dtype says so, so that bf16 and float32 parameters can be fed the same."""
+    """dtype rounds the gradients, so that bf16 and float32 parameters can get the same ones."""
     results = []
     for step in steps:
         for p, g in zip(
@@ -62,9 +62,9 @@ def assert_equal(got, wanted):
         assert torch.equal(a, b)
 
 
-def test_float32_equals_torch():
-    # Catches: eps inside the square root; `(1 - self.lr * self.weight_decay)` dropped or coupled; a bias correction
-    # dropped; `1 - beta2` -> `1 - beta1`.
+def test_float32_weights_equal_torch():
+    # Catches: eps inside the square root; `(1 - self.lr * self.weight_decay)` dropped; a bias
+    # correction dropped; `1 - beta2` -> `1 - beta1`.
     ours, theirs = random_params(), random_params()
     optimizer, reference = AdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
     for step in range(20):
@@ -74,7 +74,7 @@ def test_float32_equals_torch():
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_defaults_are_those_of_torch_but_for_the_decay():
+def test_defaults_equal_those_of_torch_except_the_decay():
     # Catches: betas=(0.9, 0.999) -> (0.9, 0.95).
     ours, theirs = random_params(), random_params()
     take_steps(AdamW(ours, lr=1e-3), ours, range(5))
@@ -83,9 +83,9 @@ def test_defaults_are_those_of_torch_but_for_the_decay():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_bf16_master_follows_float32_torch_bit_for_bit():
-    # Catches: `low.copy_(new_low)` dropped (then the master is the bf16 weight); the moments taken in bf16; split_bits by
-    # truncation, `(bits + 0x8000) >> 16` -> `bits >> 16`.
+def test_master_weights_equal_torch_in_float32_to_the_bit():
+    # Catches: `low_bits.copy_(new_low_bits)` dropped; moments in bf16; `(bits + 0x8000) >> 16` ->
+    # `bits >> 16`.
     ours = random_params(torch.bfloat16)
     theirs = [nn.Parameter(p.detach().float()) for p in ours]
     slow = SETTINGS | {"lr": 1e-4}
@@ -104,8 +104,8 @@ def test_bf16_master_follows_float32_torch_bit_for_bit():
             assert (distance <= (up.float() - master).abs()).all()
 
 
-def test_small_steps_survive_bf16():
-    # Catches: `low.copy_(new_low)` dropped.
+def test_small_updates_survive_bf16():
+    # Catches: `low_bits.copy_(new_low_bits)` dropped.
     ours, plain = random_params(torch.bfloat16), random_params(torch.bfloat16)
     exact = [nn.Parameter(p.detach().float()) for p in ours]
     start = [p.detach().clone() for p in ours]
@@ -119,20 +119,18 @@ def test_small_steps_survive_bf16():
                 p.grad = torch.ones_like(p)
             stepper.step()
     for master, p, e, s in zip(masters(optimizer), plain, exact, start, strict=True):
-        assert torch.equal(p[s.abs() > 1e-3], s[s.abs() > 1e-3])  # plain bf16 stays where it was
+        assert torch.equal(p[s.abs() > 1e-3], s[s.abs() > 1e-3])  # plain bf16 does not move
         torch.testing.assert_close(
             master, s.float() - 3e-4, rtol=1e-4, atol=2e-6
-        )  # 300 steps of 1e-6, in the right direction
+        )  # 300 steps of 1e-6
         torch.testing.assert_close(master, e.detach(), rtol=0, atol=0)
     moved = torch.cat([(p != s).flatten() for p, s in zip(ours, start, strict=True)])
-    assert (
-        moved.float().mean() > 0.05
-    )  # where 3e-4 is more than a unit in the last place, the stored weight followed
+    assert moved.float().mean() > 0.05  # stored weights move where 3e-4 exceeds their last bit
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False).filter(
     lambda x: abs(x) < 3.38e38
-)  # bf16 ends at 3.39e38
+)  # the largest bf16 is 3.39e38
 edges = st.builds(
     lambda exponent, fraction, sign: struct.unpack(
         "f", struct.pack("I", sign << 31 | exponent << 23 | fraction)
@@ -145,14 +143,14 @@ edges = st.builds(
 
 @given(st.lists(st.one_of(finite, edges), min_size=1, max_size=29))
 def test_split_and_join_are_exact_and_round_to_nearest(values):
-    # Catches: `+ 0x8000` dropped; `low.int()` -> `low.int() & 0xFFFF` (an unsigned low part).
+    # Catches: `+ 0x8000` dropped; `low_bits.int()` -> `low_bits.int() & 0xFFFF`.
     master = torch.tensor(values, dtype=torch.float32)
-    weight, low = split_bits(master)
-    assert (weight.dtype, low.dtype) == (torch.bfloat16, torch.int16)
-    assert torch.equal(join_bits(weight, low).view(torch.int32), master.view(torch.int32))
+    weight, low_bits = split_bits(master)
+    assert (weight.dtype, low_bits.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(join_bits(weight, low_bits).view(torch.int32), master.view(torch.int32))
     tie = (
         master.view(torch.int32) & 0xFFFF
-    ) == 0x8000  # torch rounds a tie to even, we away from 0: both are nearest
+    ) == 0x8000  # torch rounds a tie to even, we away from 0; both are nearest
     distance, wanted = (
         (rounded.double() - master.double()).abs() for rounded in (weight, master.bfloat16())
     )
@@ -160,15 +158,15 @@ def test_split_and_join_are_exact_and_round_to_nearest(values):
     assert torch.equal(weight[~tie], master.bfloat16()[~tie])
 
 
-def test_a_fresh_master_is_the_bf16_weight():
+def test_a_new_master_weight_equals_the_bf16_weight():
     weights = random_params(torch.bfloat16)
     assert_equal(masters(AdamW(weights, lr=1.0)), [p.detach().float() for p in weights])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1, 5, 77, 1000])
-def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
-    # Catches: `gradient[place]` -> `gradient[: size]`.
+def test_the_size_of_the_pieces_does_not_matter(piece, dtype, monkeypatch):
+    # Catches: `gradient[piece]` -> `gradient[:size]`.
     whole, parts = random_params(dtype), random_params(dtype)
     wanted = AdamW(whole, **SETTINGS)
     wanted_changes = take_steps(wanted, whole, range(4))
@@ -182,7 +180,7 @@ def test_the_size_of_the_pieces_changes_nothing(piece, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_becomes_nan_has_changed(dtype):
+def test_a_weight_that_becomes_nan_counts_as_changed(dtype):
     # Catches: `updated != master` -> `(updated - master).abs() > 0`.
     weight = torch.nn.Parameter(torch.ones(16, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
@@ -191,7 +189,7 @@ def test_a_weight_that_becomes_nan_has_changed(dtype):
     assert changed_by_a_step(optimizer) == (1 / 16, 1 / 16)
 
 
-def test_a_gradient_that_is_not_contiguous_is_read_in_order():
+def test_a_gradient_that_is_not_contiguous_is_read_correctly():
     ours, theirs = random_params(), random_params()
     for params, optimizer in (
         (ours, AdamW(ours, **SETTINGS)),
@@ -206,8 +204,7 @@ def test_a_gradient_that_is_not_contiguous_is_read_in_order():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_missing_gradient_counts_as_0(dtype):
-    # Catches: parameters without a gradient skipped (`continue`): neither momentum nor decay would move them, and their
-    # place in the state would go to the next.
+    # Catches: parameters without a gradient skipped, so that momentum and decay do not move them.
     ours, theirs = random_params(dtype), random_params(dtype)
     optimizer, reference = AdamW(ours, **SETTINGS), AdamW(theirs, **SETTINGS)
     for params, stepper, missing in ((ours, optimizer, None), (theirs, reference, 0.0)):
@@ -226,18 +223,18 @@ def test_a_missing_gradient_counts_as_0(dtype):
 
 
 def test_share_of_changed_weights_in_float32_by_hand():
-    # Catches: `changed +=` -> `changed =`: the last piece's share instead of all.
+    # Catches: `changed +=` -> `changed =`, which counts only the last piece.
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))]
     optimizer = AdamW(params, lr=1e-3)
     params[0].grad = torch.tensor([1.0, 0.0, -2.0])
     assert changed_by_a_step(optimizer) == (0.25, 0.25)  # 2 of 8
     params[1].grad = torch.ones(5)
-    assert changed_by_a_step(optimizer) == (0.875, 0.875)  # the two by momentum, and five more
+    assert changed_by_a_step(optimizer) == (0.875, 0.875)  # two by momentum, and five more
 
 
 def test_share_of_changed_weights_in_bf16_by_hand():
-    # Catches: the two figures exchanged; `updated != master` -> `updated != weight`.
-    # Just below 1, bf16 is spaced 2^-8, just below 2^-10, 2^-18; the first step is the learning rate, 2^-14.
+    # Catches: the two shares exchanged; `updated != master` -> `updated != weight`.
+    # bf16 is spaced 2^-8 just below 1 and 2^-18 just below 2^-10. The first update is 2^-14.
     weights = nn.Parameter(torch.tensor([1.0, 1.0, 2**-10, 2**-10], dtype=torch.bfloat16))
     optimizer = AdamW([weights], lr=2**-14, eps=1e-12)
     weights.grad = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.bfloat16)
@@ -248,15 +245,15 @@ def test_share_of_changed_weights_in_bf16_by_hand():
     assert changed_by_a_step(optimizer) == (
         0.0,
         0.0,
-    )  # though the first master lies between two bf16 values by now
+    )  # although the first master weight is between two bf16 values
 
 
 # --- state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_round_trip_continues_unbroken(dtype, tmp_path):
-    # Catches: `self.steps = saved["steps"]` dropped; low left out of the state.
+def test_a_restored_state_continues_the_same_way(dtype, tmp_path):
+    # Catches: `self.steps = saved["steps"]` dropped; low_bits left out of the state.
     whole, first = random_params(dtype), random_params(dtype)
     unbroken, stopped = AdamW(whole, **SETTINGS), AdamW(first, **SETTINGS)
     take_steps(unbroken, whole, range(7))
@@ -271,8 +268,8 @@ def test_state_dict_round_trip_continues_unbroken(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["dtype", "size", "missing"])
-def test_the_state_of_another_model_is_refused(change):
-    # Catches: the comparison of shapes dropped: copy_ would broadcast a state of one weight over all.
+def test_the_state_of_another_model_is_an_error(change):
+    # Catches: the comparison of shapes dropped; copy_ would broadcast a state of one element.
     saved = AdamW(
         random_params(torch.bfloat16 if change == "dtype" else torch.float32), lr=1.0
     ).state_dict()
@@ -286,26 +283,24 @@ def test_the_state_of_another_model_is_refused(change):
     assert optimizer.steps == 0
 
 
-def test_mixed_or_unknown_dtypes_are_refused():
+def test_mixed_or_unsupported_dtypes_are_an_error():
     for dtypes in ((torch.float32, torch.bfloat16), (torch.float16,)):
         with pytest.raises(ValueError, match="wanted all float32 or all bfloat16"):
             AdamW([nn.Parameter(torch.zeros(2, dtype=d)) for d in dtypes], lr=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_per_weight_are_those_of_the_state(dtype):
+def test_state_bytes_per_weight_match_the_state(dtype):
     params = random_params(dtype)
     state = AdamW(params, lr=1.0).state.values()
-    places = sum(
-        -(-p.numel() // 64) * 64 for p in params
-    )  # every parameter begins at a multiple of 64
-    assert sum(t.nbytes for t in state) == AdamW.state_bytes_per_weight(dtype) * places
+    elements = sum(-(-p.numel() // 64) * 64 for p in params)  # parameters start at multiples of 64
+    assert sum(t.nbytes for t in state) == AdamW.state_bytes_per_weight(dtype) * elements
 
 
 # --- offloading
 
 
-def test_offload_changes_nothing_on_a_cpu():
+def test_offload_has_no_effect_on_a_cpu():
     ours, offloaded = random_params(torch.bfloat16), random_params(torch.bfloat16)
     take_steps(AdamW(ours, **SETTINGS), ours, range(3))
     take_steps(AdamW(offloaded, **SETTINGS, offload=True), offloaded, range(3))
@@ -315,11 +310,9 @@ def test_offload_changes_nothing_on_a_cpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [5, 2**23])
-def test_offload_changes_nothing_on_cuda(piece, dtype, monkeypatch):
-    # Would catch: `down.wait_event(...)` dropped, so that a piece is written back before it is computed.
-    monkeypatch.setitem(
-        module.PIECE, "cuda", piece
-    )  # 5: dozens of pieces are in transit one after another
+def test_offload_gives_the_same_numbers_on_cuda(piece, dtype, monkeypatch):
+    # Would catch: `down.wait_event(...)` dropped, so that a piece leaves before it is updated.
+    monkeypatch.setitem(module.PIECE, "cuda", piece)  # 5: dozens of pieces pass through
     ours, offloaded = random_params(dtype, "cuda"), random_params(dtype, "cuda")
     resident, streamed = AdamW(ours, **SETTINGS), AdamW(offloaded, **SETTINGS, offload=True)
     assert take_steps(resident, ours, range(5)) == take_steps(streamed, offloaded, range(5))

@@ -1,4 +1,4 @@
-"""Packed rows: every response token once, and each answer attends to what it would see alone."""
+"""Micro-batches hold each response token once, and each answer sees what it would see alone."""
 
 from collections import Counter
 from dataclasses import replace
@@ -11,14 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_types import Episode
-from packing import packed_attention, pack_micro_batches
+from packing import pack_micro_batches, packed_attention
 
 H, K, D = 10, 2, 6
 SHAPE = replace(CONFIG, num_attention_heads=H, num_key_value_heads=K)
 
 
 def make_batch(groups: list[tuple[int, list[int]]]) -> list[tuple[Episode, float]]:
-    """Answers, with advantages; no two tokens are equal. groups: (tokens of the prompt, tokens of each answer)."""
+    """(episode, advantage) pairs in which no two tokens are equal.
+
+    groups: (length of the prompt, lengths of the answers) per question.
+    """
     counter, episodes = iter(range(10**6)), []
     for question_id, (prompt_length, lengths) in enumerate(groups):
         prompt = [next(counter) for _ in range(prompt_length)]
@@ -38,22 +41,24 @@ groups = st.lists(
 
 @settings(deadline=None)
 @given(groups, st.integers(1, 80), st.randoms())
-def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random):
-    # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1` (right for the first answer only); a last row that is not
-    # yielded; answer positions that begin at 0 (`segment.prompt_length + i` -> `i`).
+def test_micro_batches_hold_each_response_token_once(groups, micro_batch_tokens, random):
+    # Catches: `prompt_start + len(prompt) - 1` -> `len(tokens) - 1`, which is right for the first
+    # answer only; a last micro-batch that is not yielded; `s.prompt_length + i` -> `i`.
     answers = make_batch(groups)
-    rows = list(pack_micro_batches(random.sample(answers, len(answers)), micro_batch_tokens))
+    micro_batches = list(
+        pack_micro_batches(random.sample(answers, len(answers)), micro_batch_tokens)
+    )
     by_token = {t: (e, n, a) for e, a in answers for n, t in enumerate(e.response_token_ids)}
     scored = Counter()
-    for row in rows:
-        tokens, positions = row.tokens_S.tolist(), row.positions_S.tolist()
-        assert sum(r.length for r in row.segments) == len(tokens) == len(positions)
-        assert len(tokens) == len(set(tokens))  # no prompt twice within a row
+    for micro_batch in micro_batches:
+        tokens, positions = micro_batch.tokens_S.tolist(), micro_batch.positions_S.tolist()
+        assert sum(r.length for r in micro_batch.segments) == len(tokens) == len(positions)
+        assert len(tokens) == len(set(tokens))  # no prompt appears twice
         for source, target, advantage, logprob in zip(
-            row.logit_positions_P.tolist(),
-            row.targets_P.tolist(),
-            row.advantages_P.tolist(),
-            row.sampler_logprobs_P.tolist(),
+            micro_batch.logit_positions_P.tolist(),
+            micro_batch.targets_P.tolist(),
+            micro_batch.advantages_P.tolist(),
+            micro_batch.sampler_logprobs_P.tolist(),
             strict=True,
         ):
             scored[target] += 1
@@ -71,21 +76,23 @@ def test_rows_cover_every_response_token_once(groups, micro_batch_tokens, random
                 range(len(e.prompt_token_ids))
             )
         assert (
-            len(tokens) <= micro_batch_tokens or sum(r.prompt_length > 0 for r in row.segments) == 1
+            len(tokens) <= micro_batch_tokens
+            or sum(r.prompt_length > 0 for r in micro_batch.segments) == 1
         )
     assert scored == Counter(by_token.keys())
 
 
-def test_one_row_is_laid_out_as_the_picture_shows():
-    # Catches: `Segment(prompt_start, len(prompt), prompt_start, 0)` with the prompt's length for 0; an answer's prompt one short.
+def test_a_micro_batch_is_laid_out_as_the_picture_shows():
+    # Catches: `Segment(prompt_start, len(prompt), prompt_start, 0)` -> `..., len(prompt))`; a
+    # prompt that is one token short for its answers.
     answers = make_batch([(3, [2, 4]), (2, [1])])
-    (row,) = pack_micro_batches(answers, 100)
-    assert row.tokens_S.tolist() == list(range(12))
-    assert row.positions_S.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2]
-    assert row.logit_positions_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
-    assert row.targets_P.tolist() == [3, 4, 5, 6, 7, 8, 11]
-    assert row.advantages_P.tolist() == [1, 1, 2, 2, 2, 2, 3]
-    assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in row.segments] == [
+    (micro_batch,) = pack_micro_batches(answers, 100)
+    assert micro_batch.tokens_S.tolist() == list(range(12))
+    assert micro_batch.positions_S.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2]
+    assert micro_batch.logit_positions_P.tolist() == [2, 3, 2, 5, 6, 7, 10]
+    assert micro_batch.targets_P.tolist() == [3, 4, 5, 6, 7, 8, 11]
+    assert micro_batch.advantages_P.tolist() == [1, 1, 2, 2, 2, 2, 3]
+    assert [(r.start, r.length, r.prompt_start, r.prompt_length) for r in micro_batch.segments] == [
         (0, 3, 0, 0),
         (3, 2, 0, 3),
         (5, 4, 0, 3),
@@ -94,18 +101,18 @@ def test_one_row_is_laid_out_as_the_picture_shows():
     ]
 
 
-def test_rows_are_about_equally_long():
-    # Catches: `size >= limit` dropped: rows of 100, 100 and 22 tokens instead of three of 74.
+def test_micro_batches_have_about_the_same_length():
+    # Catches: `size >= limit` dropped, which gives 100, 100 and 22 tokens instead of 3 times 74.
     answers = make_batch([(1, [1] * 219)])
-    sizes = [len(row.tokens_S) for row in pack_micro_batches(answers, 100)]
+    sizes = [len(micro_batch.tokens_S) for micro_batch in pack_micro_batches(answers, 100)]
     assert len(sizes) == 3
     assert max(sizes) - min(sizes) <= 5
 
 
-def visible_SS(row, episodes) -> torch.Tensor:
-    """The rule, token by token: what each (prompt, answer) would see alone. Tokens are unique, so they say where they are from."""
-    tokens = row.tokens_S.tolist()
-    context = {}  # token -> the tokens that it may look at
+def visible_SS(micro_batch, episodes) -> torch.Tensor:
+    """Which keys each query sees if every (prompt, answer) is alone. Tokens are unique."""
+    tokens = micro_batch.tokens_S.tolist()
+    context = {}  # token -> the tokens that it sees
     for e in episodes:
         for sequence in (e.prompt_token_ids, e.prompt_token_ids + e.response_token_ids):
             for n, token in enumerate(sequence):
@@ -127,13 +134,16 @@ def random_qkv(tokens: int) -> list[torch.Tensor]:
     ]
 
 
-def assert_same_attention(attend, row, episodes):
-    S = len(row.tokens_S)
+def assert_same_attention(attention, micro_batch, episodes):
+    S = len(micro_batch.tokens_S)
     qkv = [t.requires_grad_() for t in random_qkv(S)]
     weights_1HSD = torch.randn(
         1, H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    wanted_1HSD, got_1HSD = dense_attention(*qkv, visible_SS(row, episodes)), attend(0, *qkv)
+    wanted_1HSD, got_1HSD = (
+        dense_attention(*qkv, visible_SS(micro_batch, episodes)),
+        attention(0, *qkv),
+    )
     torch.testing.assert_close(got_1HSD, wanted_1HSD, rtol=1e-6, atol=1e-6)
     wanted = torch.autograd.grad((wanted_1HSD * weights_1HSD).sum(), qkv)
     got = torch.autograd.grad((got_1HSD * weights_1HSD).sum(), qkv)
@@ -143,20 +153,22 @@ def assert_same_attention(attend, row, episodes):
 
 @settings(deadline=None, max_examples=40)
 @given(groups, st.integers(1, 80))
-def test_attention_side_by_side_equals_the_dense_rule(groups, micro_batch_tokens):
-    # Catches: `steps_L < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; key heads by `repeat` instead of
-    # `repeat_interleave`; every answer given the row's first prompt.
+def test_packed_attention_equals_dense_attention(groups, micro_batch_tokens):
+    # Catches: `steps_L < prompt_length_G1` -> `<=`; `steps_Q <= ...` -> `<`; query heads grouped by
+    # `h % K` instead of `h // R`; every answer given the first prompt.
     answers = make_batch(groups)
-    for row in pack_micro_batches(answers, micro_batch_tokens):
+    for micro_batch in pack_micro_batches(answers, micro_batch_tokens):
         assert_same_attention(
-            packed_attention(row, SHAPE, torch.float64), row, [e for e, _ in answers]
+            packed_attention(micro_batch, SHAPE, torch.float64),
+            micro_batch,
+            [e for e, _ in answers],
         )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 31, 1000])
-def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batch_tokens):
-    # Catches: positions_S of an answer starting at 0 (attention alone cannot show it).
+def test_packed_logits_equal_those_of_each_answer_alone(micro_batch_tokens):
+    # Catches: positions of an answer that start at 0, which attention alone cannot show.
     model = random_model()
     prompts = [random_tokens(n, seed=n).tolist() for n in (5, 1, 11)]
     episodes = [
@@ -164,17 +176,19 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
         for q, n in [(0, 3), (1, 7), (0, 13), (2, 2), (1, 1)]
     ]
     got = {}
-    for row in pack_micro_batches(
+    for micro_batch in pack_micro_batches(
         [(e, float(i)) for i, e in enumerate(episodes)], micro_batch_tokens
     ):
-        attend = packed_attention(row, model.config, torch.float32)
+        attention = packed_attention(micro_batch, model.config, torch.float32)
         logits_SV = model.logits(
-            model.hidden_states(row.tokens_S[None], row.positions_S[None], attend)[0]
+            model.hidden_states(
+                micro_batch.tokens_S[None], micro_batch.positions_S[None], attention
+            )[0]
         )
         for i in range(5):
-            mine_P = row.advantages_P == i
+            mine_P = micro_batch.advantages_P == i
             if mine_P.any():
-                got[i] = logits_SV[row.logit_positions_P[mine_P]]
+                got[i] = logits_SV[micro_batch.logit_positions_P[mine_P]]
     for i, e in enumerate(episodes):
         wanted = model(torch.tensor([e.prompt_token_ids + e.response_token_ids]))[
             0, len(e.prompt_token_ids) - 1 : -1
@@ -183,45 +197,46 @@ def test_packed_hidden_states_predict_what_each_answer_alone_predicts(micro_batc
 
 
 @pytest.mark.gpu
-def test_attention_on_cuda_equals_the_cpus():
-    # Would catch: a mask or an index that still lies on the CPU.
+def test_packed_attention_on_cuda_equals_the_cpu():
+    # Would catch: a mask or an index left on the CPU.
     answers = make_batch([(131, [40, 90]), (5, [7])])
-    (row,) = pack_micro_batches(answers, 999)
+    (micro_batch,) = pack_micro_batches(answers, 999)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, heads, len(row.tokens_S), 64, generator=generator) for heads in (H, K, K)
+        torch.randn(1, heads, len(micro_batch.tokens_S), 64, generator=generator)
+        for heads in (H, K, K)
     )
-    wanted = packed_attention(row, SHAPE, torch.float32)(0, q, k, v)
-    got = packed_attention(row.to(torch.device("cuda")), SHAPE, torch.float32)(
+    wanted = packed_attention(micro_batch, SHAPE, torch.float32)(0, q, k, v)
+    got = packed_attention(micro_batch.to(torch.device("cuda")), SHAPE, torch.float32)(
         0, q.cuda(), k.cuda(), v.cuda()
     )
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_keys_come_in_multiples_that_kernels_read_without_copying():
-    # Catches: `-(L + Q) % KEY_MULTIPLE` -> 0.
+def test_masks_are_aligned_for_attention_kernels():
+    # Catches: `padding = -(...) % KEY_MULTIPLE` -> `padding = 0`.
     answers = make_batch(GROUPS)
-    (row,) = pack_micro_batches(answers, 999)
+    (micro_batch,) = pack_micro_batches(answers, 999)
     keys = []
     with patch(
         "packing.F.scaled_dot_product_attention",
         lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q,
     ):
-        packed_attention(row, SHAPE, torch.float64)(0, *random_qkv(len(row.tokens_S)))
+        packed_attention(micro_batch, SHAPE, torch.float64)(
+            0, *random_qkv(len(micro_batch.tokens_S))
+        )
     assert keys
     assert all(count % 16 == 0 for count in keys)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_rows_of_several_processes_are_even_shares(processes):
-    # Catches: `again` left out (of two processes one got 4 rows and the other 3: 18 % more work).
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_several_ranks_get_even_shares(ranks):
+    # Catches: `repeated` left out: one of two ranks got 4 micro-batches and the other 3.
     episodes = [episode(q, [1] * 140, [2] * 32, 0.0) for q in range(8) for _ in range(16)]
     sizes = [
-        len(row.tokens_S)
-        for row in pack_micro_batches([(e, 1.0) for e in episodes], 1024, processes)
+        len(micro_batch.tokens_S)
+        for micro_batch in pack_micro_batches([(e, 1.0) for e in episodes], 1024, ranks)
     ]
     assert max(sizes) <= 1024
-    shares = [
-        sum(sizes[rank::processes]) for rank in range(processes)
-    ]  # as update_policy divides them
-    assert max(shares) < 1.08 * sum(shares) / processes
+    shares = [sum(sizes[rank::ranks]) for rank in range(ranks)]  # as update_policy assigns them
+    assert max(shares) < 1.08 * sum(shares) / ranks
