@@ -1,12 +1,17 @@
-"""Text to token ids and back, the model's own chat template, and the ids that end an answer."""
+"""Text to token ids and back, the model's chat template, and the ids that end an answer."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from chat_template import ChatTemplate
 from published_format import read_json, read_text
 
 FILES = (
@@ -24,99 +29,136 @@ FILES = (
 class Tokenizer:
     """The published tokenizer of a model directory.
 
-    stop_ids: every id that ends an answer. pad_id: fills the right end of rows; masks never ask for it.
-    vocab_size: real entries; the model's head may have more rows, which must never be sampled.
+    stop_ids: every id that ends an answer.
+    vocab_size: the largest id plus 1. The model's head may have more rows; never sample those.
     """
 
     def __init__(self, directory: Path):
-        text, settings = (
-            read_text(directory / "tokenizer.json"),
-            read_json(directory / "tokenizer_config.json"),
-        )
-        with _told_as(f"{directory / 'tokenizer.json'} is damaged"):
-            self._fast = FastTokenizer.from_str(text)
-        self._fast.no_truncation()  # a published file may hold those of its training, which would silently shorten and pad prompts
-        self._fast.no_padding()
         self._directory = directory
-        self._special = {
-            name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")
-        }
-        known = set(self._fast.get_vocab(with_added_tokens=True).values())
-        self.stop_ids = self._read_stop_ids(known)
-        self.vocab_size = 1 + max(known)
-        pad_id = self._fast.token_to_id(self._special["pad_token"])
-        self.pad_id = min(self.stop_ids) if pad_id is None else pad_id
-        template_file = directory / "chat_template.jinja"
-        template = (
-            read_text(template_file) if template_file.exists() else settings.get("chat_template")
-        )
-        if not isinstance(template, str):
-            raise ValueError(
-                f"{directory} has no chat template; use an Instruct model, or add its chat_template.jinja"
-            )
-        with _told_as(f"{directory}: the chat template does not parse"):
-            self._template = ChatTemplate(template)
-        # Kept, because a resumed run reads them from a checkpoint that it will remove.
-        self._files = {
-            name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()
-        }
+        text = read_text(directory / "tokenizer.json")
+        settings = read_json(directory / "tokenizer_config.json")
+        with _explained(f"{directory / 'tokenizer.json'} is damaged"):
+            self._fast = FastTokenizer.from_str(text)
+        # A published file may keep settings from training that would cut or pad our prompts.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._special_tokens = _special_tokens(settings)
+        known_ids = set(self._fast.get_vocab(with_added_tokens=True).values())
+        self.stop_ids = self._read_stop_ids(known_ids)
+        self.vocab_size = max(known_ids) + 1
+        self._chat_template = _read_chat_template(directory, settings)
+        # Kept in memory because a resumed run deletes the checkpoint that it read them from.
+        paths = [directory / name for name in FILES]
+        self._files = {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
-        """Raises FileNotFoundError for a missing file, ValueError naming what is damaged or names an unknown token."""
+        """Raises FileNotFoundError if a file is missing, or ValueError naming what is damaged."""
         return cls(Path(directory))
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens written out in the text become their single ids; none is added."""
-        with _told_as(f"{self._directory}: the tokenizer fails on {text!r:.100}"):
+        """Token ids of a text. Special tokens written in the text get their ids; none are added."""
+        with _explained(f"{self._directory}: the tokenizer fails on {text!r:.100}"):
             return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids, special tokens kept; bytes that are no UTF-8 become U+FFFD."""
-        with _told_as(f"{self._directory}: the tokenizer fails on {ids!r:.100}"):
+        """Text of token ids, special tokens included. Bytes that are not UTF-8 become U+FFFD."""
+        with _explained(f"{self._directory}: the tokenizer fails on {ids!r:.100}"):
             return self._fast.decode(ids, skip_special_tokens=False)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The model's own template over [{"role", "content"}, …], ending where the assistant is to speak.
+        """Format [{"role", "content"}, ...] with the model's template, up to the assistant's turn.
 
-        Raises ValueError if the template fails, reaches outside its sandbox or does not come to an end.
+        Raises ValueError if the template fails or the sandbox stops it.
         """
-        with _told_as(f"{self._directory}: the chat template fails"):
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._special
+        with _explained(f"{self._directory}: the chat template fails"):
+            return self._chat_template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files as they were published."""
+        """Write the tokenizer's files exactly as they were published."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
 
-    def _read_stop_ids(self, known: set[int]) -> frozenset[int]:
-        generation = self._directory / "generation_config.json"
-        ids = read_json(generation).get("eos_token_id") if generation.exists() else None
+    def _read_stop_ids(self, known_ids: set[int]) -> frozenset[int]:
+        """eos_token_id of generation_config.json, an int or a list; without it, eos_token."""
+        path = self._directory / "generation_config.json"
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
         if ids is None:
-            ids = self._fast.token_to_id(self._special["eos_token"])
-        ids = ids if isinstance(ids, list) else [ids]
-        if not ids or not all(type(i) is int and i in known for i in ids):
+            ids = self._fast.token_to_id(self._special_tokens.get("eos_token", ""))
+        if not isinstance(ids, list):
+            ids = [ids]
+        if not ids or not all(type(i) is int and i in known_ids for i in ids):
             raise ValueError(
-                f"{self._directory}: stop ids {ids!r:.100} are not in the tokenizer; set eos_token_id in "
-                "generation_config.json, or eos_token in tokenizer_config.json"
+                f"{self._directory}: stop ids {ids!r:.100} are not ids of the tokenizer; set "
+                "eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
             )
         return frozenset(ids)
 
 
-def _content(token: str | dict | None) -> str:
-    """A special token is published as its text, or as a dict around it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
+def _special_tokens(settings: dict) -> dict[str, str]:
+    """Name -> text. tokenizer_config.json has either the text or {"content": text}."""
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = settings.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
 
 
 @contextmanager
-def _told_as(fault: str) -> Iterator[None]:
+def _explained(problem: str) -> Iterator[None]:
+    """Turn any error inside into a ValueError that states the problem and the fix."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises bare Exception, a template's code whatever it likes
-        raise ValueError(f"{fault} ({error}); mend it, or fetch the model again") from None
+    except Exception as error:  # tokenizers raises a bare Exception, a template any type at all
+        raise ValueError(f"{problem} ({error}); fix it, or fetch the model again") from None
+
+
+# ---------------------------------------------------------------- chat template
+
+
+class GenerationBlock(Extension):
+    """{% generation %} marks the assistant's text for supervised training; we only render it."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _read_chat_template(directory: Path, settings: dict) -> Template:
+    """The template of chat_template.jinja; without that file, of tokenizer_config.json.
+
+    A template is code written by whoever published the model. It runs in jinja2's sandbox, set up
+    as in transformers: it cannot reach Python's internals or change the messages. Nothing limits
+    how long it runs.
+    """
+    path = directory / "chat_template.jinja"
+    source = read_text(path) if path.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        with _explained(f"{directory}: chat_template is damaged"):
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not isinstance(source, str):
+        raise ValueError(
+            f"{directory} has no chat template; use an Instruct model, or add a chat_template.jinja"
+        )
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    # jinja2's own tojson escapes HTML.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    with _explained(f"{directory}: the chat template does not parse"):
+        return environment.from_string(source)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
