@@ -1,6 +1,7 @@
-"""Models and data as they are published: config.json, safetensors weights in one file or several, JSON, rows of a dataset.
+"""Read and write models and data in their published formats: config.json, safetensors, JSON, rows.
 
-Everything here was written by somebody else, so everything is bounded and checked, and every fault names its file.
+Other people wrote these files, so sizes are bounded, values are checked, and every error names the
+file and the fix.
 """
 
 import json
@@ -16,18 +17,21 @@ from torch import Tensor
 
 REMEDY = "fetch the model again"
 MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
-MAX_SHARD_BYTES = 5 * 1000**3  # larger models are saved as several files, as published ones are
+MAX_SHARD_BYTES = 5 * 1000**3  # the shard size of published models
 
 Record = TypeVar("Record", bound=BaseModel)
 Size = Annotated[int, Field(gt=0, le=10**6)]
 Heads = Annotated[int, Field(gt=0, le=1024)]
-Id = Annotated[int, Field(ge=0, le=10**6)]
-Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, tokens or bytes
+TokenId = Annotated[int, Field(ge=0, le=10**6)]
+Count = Annotated[int, Field(ge=0, le=10**12)]  # steps, tokens or bytes
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
+Rows = list[tuple[str, dict[str, Any]]]  # (where the row is from, {column: value})
+
+# ---------------------------------------------------------------- config.json
 
 
 class Rope(BaseModel, strict=True, extra="forbid"):
-    """Rotary positions as they are: any other key would scale them."""
+    """Unscaled rotary positions. Any other key would scale them, which is not implemented."""
 
     rope_type: Literal["default"] = "default"
     type: Literal["default"] = "default"  # an older name of rope_type
@@ -35,7 +39,7 @@ class Rope(BaseModel, strict=True, extra="forbid"):
 
 
 class PublishedConfig(BaseModel, strict=True):
-    """What a dense Qwen2.5's config.json may say, in the spelling of transformers 4 or 5; other keys do not matter."""
+    """config.json of a dense Qwen2.5 as transformers 4 or 5 spells it. Other keys are ignored."""
 
     model_type: Literal["qwen2"]
     architectures: list[Literal["Qwen2ForCausalLM"]] | None = None
@@ -60,42 +64,38 @@ class PublishedConfig(BaseModel, strict=True):
         validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta"))
     )
     tie_word_embeddings: bool = False
-    bos_token_id: Id | None = None
-    eos_token_id: Id | list[Id] | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
 
 
 def read_config(path: Path) -> PublishedConfig:
-    """Raises FileNotFoundError, or ValueError naming the setting that is damaged or not implemented."""
+    """Raises FileNotFoundError, or ValueError naming the setting that is damaged or unsupported."""
     raw = {name: value for name, value in read_json(path).items() if value is not None}
+    fix = f"use a dense Qwen2.5 model, or {REMEDY}"
     try:
         config = PublishedConfig.model_validate(raw)
     except ValidationError as error:
-        faults = error.errors()
-        wrong = next((fault for fault in faults if fault["type"] != "missing"), None)
-        if wrong is None:
-            raise ValueError(
-                f"{path} lacks {', '.join(fault['loc'][0] for fault in faults)}; {REMEDY}"
-            ) from None
-        name = wrong["loc"][0]
+        wrong = [fault for fault in error.errors() if fault["type"] != "missing"]
+        if not wrong:
+            missing = ", ".join(fault["loc"][0] for fault in error.errors())
+            raise ValueError(f"{path} lacks {missing}; {fix}") from None
+        name = wrong[0]["loc"][0]
+        raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {wrong[0]['msg']}; {fix}") from None
+    size, heads = config.hidden_size, config.num_attention_heads
+    key_heads, head_size = config.num_key_value_heads, config.head_dim or size // heads
+    # RoPE rotates pairs of dimensions, so the head size must be even.
+    if size != heads * head_size or heads % key_heads or head_size % 2:
         raise ValueError(
-            f"{path}: {name}={raw[name]!r:.100}: {wrong['msg']}; use a dense Qwen2.5 model, or {REMEDY}"
-        ) from None
-    size, heads, key_heads = (
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
-    if size % (2 * heads) or heads % key_heads or config.head_dim not in (None, size // heads):
-        raise ValueError(
-            f"{path}: hidden_size={size}, num_attention_heads={heads}, num_key_value_heads={key_heads}, head_dim="
-            f"{config.head_dim} do not divide into heads of one even size; use a dense Qwen2.5 model, or {REMEDY}"
+            f"{path}: hidden_size={size}, num_attention_heads={heads}, "
+            f"num_key_value_heads={key_heads}, head_dim={config.head_dim}: wanted query heads of "
+            f"one even size that divide evenly among the key heads; {fix}"
         )
     return config
 
 
 def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None:
     """Write a config.json that transformers 4 and 5 and vLLM read."""
-    name = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     fixed = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -104,8 +104,8 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
         "initializer_range": 0.02,
         "use_cache": True,
         "use_sliding_window": False,
-        "torch_dtype": name,
-        "dtype": name,
+        "torch_dtype": dtype_name,
+        "dtype": dtype_name,
         "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
     }
     path.write_text(json.dumps(fixed | fields, indent=2) + "\n")
@@ -115,163 +115,142 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
 
 
 def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
-    """The file that holds each of a checkpoint's tensors; they themselves are not read yet.
+    """Tensor name -> the file that holds it. Checks names and shapes; reads no values.
 
-    A copy of the embedding under lm_head.weight, which some tied checkpoints hold, is passed over where none is wanted.
-    Raises FileNotFoundError for a missing file, ValueError naming what is damaged, missing, unexpected or misshapen.
+    Some tied checkpoints store a copy of the embedding as lm_head.weight; if `shapes` does not list
+    it, it is ignored. Raises FileNotFoundError for a missing file, or ValueError naming what is
+    damaged, missing, unexpected or of another shape.
     """
     files, found = {}, {}
     for file in _weight_files(directory):
         for name, tensor in read_tensors(file):
             if name in shapes or name != "lm_head.weight":
                 files[name], found[name] = file, tuple(tensor.shape)
-    wrong = [f"missing {name}" for name in shapes.keys() - found] + [
-        f"unexpected {name}" for name in found.keys() - shapes
-    ]
-    both = [(name, found[name], shapes[name]) for name in shapes.keys() & found]
-    wrong += [
-        f"{name} has shape {shape}, config.json implies {wanted}"
-        for name, shape, wanted in both
-        if shape != wanted
-    ]
-    if wrong:
+    problems = [f"missing {name}" for name in shapes.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - shapes.keys()]
+    for name in found.keys() & shapes.keys():
+        if found[name] != shapes[name]:
+            problems.append(f"{name} has shape {found[name]}, config.json implies {shapes[name]}")
+    if problems:
+        listed = "; ".join(sorted(problems)[:5])
         raise ValueError(
-            f"{directory}: {len(wrong)} tensors do not match config.json: {'; '.join(sorted(wrong)[:5])}; {REMEDY}"
+            f"{directory}: {len(problems)} tensors do not match config.json: {listed}; {REMEDY}"
         )
     return files
 
 
-def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
-    """Copy tensors, one at a time, into `weights` (name -> tensor, on any device, of any float dtype).
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map; {REMEDY}")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index}: {name!r:.100} is not the name of a file; {REMEDY}")
+        names = set(weight_map.values())
+    files = [directory / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; {REMEDY}, with its safetensors files")
+    return files
 
-    Raises ValueError naming what is damaged, not of a float type, or not finite.
+
+def read_weights(files: dict[str, Path], weights: dict[str, Tensor]) -> None:
+    """Copy each tensor into weights[name], one at a time; any device and float dtype will do.
+
+    Raises ValueError naming what is damaged, not a float, or not finite.
     """
     for file in sorted(set(files.values())):
         for name, tensor in read_tensors(file):
             if files.get(name) != file:
                 continue
             if not tensor.is_floating_point():
-                raise ValueError(
-                    f"{file}: {name} is of {tensor.dtype}, not of a float type; quantised models are not read"
-                )
+                problem = f"{tensor.dtype}, wanted a float dtype; use a model that is not quantised"
+                raise ValueError(f"{file}: {name} is {problem}")
             weights[name].copy_(tensor)
             if not weights[name].isfinite().all():
-                raise ValueError(
-                    f"{file}: {name} holds numbers that are not finite as {weights[name].dtype}; {REMEDY}"
-                )
+                problem = f"has values that are not finite in {weights[name].dtype}"
+                raise ValueError(f"{file}: {name} {problem}; {REMEDY}")
 
 
 def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
     """Write model.safetensors, or shards of at most MAX_SHARD_BYTES and their index."""
-    for stale in directory.glob(
-        "model*.safetensors*"
-    ):  # an old index would win over a new single file
+    for stale in directory.glob("model*.safetensors*"):  # readers prefer an index, even an old one
         stale.unlink()
-    shards = [{}]
+    shards, shard_bytes = [{}], 0
     for name, tensor in weights.items():
-        if (
-            shards[-1]
-            and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES
-        ):
+        if shards[-1] and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
+            shard_bytes = 0
         shards[-1][name] = tensor
-    files = {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
-        for i, shard in enumerate(shards, 1)
-    }
+        shard_bytes += tensor.nbytes
     if len(shards) == 1:
-        files = {"model.safetensors": weights}
-    else:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
-            "weight_map": {name: file for file, shard in files.items() for name in shard},
-        }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in files.items():
+        write_tensors(directory / "model.safetensors", weights)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(directory / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total_size = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file. Raises OSError if it cannot be written, whatever the library calls that."""
+    """Write one safetensors file. Raises OSError if it cannot be written."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        save_file(on_cpu, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from None
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, mapped: read from disk when looked at. Raises ValueError if it is damaged."""
+    """(name, tensor) of a safetensors file, memory-mapped. Raises ValueError if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118  no dict
-                yield name, f.get_tensor(name)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  the file is not a dict
+                yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    weight_map = (
-        read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
-    )
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(n, str) and Path(n).name == n for n in weight_map.values()
-    ):
-        raise ValueError(f"{index} is not a safetensors index; {REMEDY}")
-    files = [directory / name for name in sorted(set(weight_map.values()))]
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{missing[0]} does not exist; {REMEDY} (only safetensors weights are read)"
-        )
-    return files
 
 
 # ---------------------------------------------------------------- text and JSON
 
 
 def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) -> str:
-    """The text of a regular file of at most `limit` bytes. Raises FileNotFoundError or ValueError, naming it and the remedy."""
+    """Text of a regular file of at most `limit` bytes.
+
+    Raises FileNotFoundError or ValueError with the path and the remedy.
+    """
     try:
+        if not path.is_file() and path.exists():
+            raise ValueError(f"{path} is not a regular file; {remedy}")
         if (size := path.stat().st_size) > limit:
             raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}; {remedy}")
-        if not path.is_file():
-            raise ValueError(f"{path} is a directory, a pipe or a device, not a file; {remedy}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); {remedy}") from None
-    except OSError as error:  # a circle of links, no permission
+    except OSError as error:  # no permission, or a circle of links
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises FileNotFoundError or ValueError, naming the file and the remedy."""
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, as read_text does."""
     return parse_json(read_text(path, remedy=remedy), str(path), remedy=remedy)
 
 
-def validated(kind: type[Record], raw: dict[str, Any], name: str, *, remedy: str) -> Record:
-    """What an object says. Raises ValueError with its name, the first fault, where in it that is, and the remedy."""
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ValueError(
-            f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}; {remedy}"
-        ) from None
-
-
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
+    """The object that a JSON text holds; `name` says in errors where the text is from."""
     try:
         value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(
-                value, ensure_ascii=False
-            ).encode()  # half of a character is no text: nothing could print or encode it
+        if "\\u" in text:  # may spell half a surrogate pair, which cannot be encoded or printed
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({str(error)[:200]}); {remedy}") from None
     if not isinstance(value, dict):
@@ -279,51 +258,64 @@ def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
     return value
 
 
-# ---------------------------------------------------------------- rows
+def validated(kind: type[Record], raw: dict[str, Any], name: str, *, remedy: str) -> Record:
+    """A record of this kind from a JSON object. Raises ValueError with the first invalid field."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{name}: {field}: {fault['msg'].lower()}; {remedy}") from None
 
 
-def read_rows(
-    path: Path, columns: Sequence[str], *, remedy: str
-) -> list[tuple[str, dict[str, Any]]]:
-    """(where it stands, {column: value}) of each row of a .jsonl file or of a dataset directory with data/*.parquet.
+# ---------------------------------------------------------------- rows of a data set
 
-    Raises FileNotFoundError or ValueError, naming the file, the row and the remedy; ValueError if there are no rows.
+
+def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> Rows:
+    """(where, {column: value}) of each row; `where` names file and row for error messages.
+
+    path: a .jsonl file, or a directory with data/*.parquet. Raises FileNotFoundError, or ValueError
+    naming the file and row if one is damaged, a column is missing, or there are no rows.
     """
     if path.suffix == ".jsonl":
-        lines = enumerate(read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n"), 1)
-        rows = [
-            (f"{path}, line {i}", parse_json(line, f"{path}, line {i},", remedy=remedy))
-            for i, line in lines
-            if line.strip()
-        ]
+        rows = _read_jsonl(path, remedy)
     else:
         rows = _read_parquet(path, columns, remedy)
-    for place, row in rows:
-        if missing := [column for column in columns if column not in row]:
-            raise ValueError(f"{place}: {' and '.join(missing)} missing; {remedy}")
+    for where, row in rows:
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(f"{where}: {' and '.join(missing)} missing; {remedy}")
     if not rows:
-        raise ValueError(f"{path} holds no rows; {remedy}")
+        raise ValueError(f"{path} has no rows; {remedy}")
     return rows
 
 
-def _read_parquet(
-    path: Path, columns: Sequence[str], remedy: str
-) -> list[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
+def _read_jsonl(path: Path, remedy: str) -> Rows:
+    rows = []
+    lines = read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            rows.append((where, parse_json(line, f"{where},", remedy=remedy)))
+    return rows
+
+
+def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> Rows:
+    import pyarrow as pa  # from the optional dependency group "data"
     import pyarrow.parquet as pq
 
     files = sorted((path / "data").glob("*.parquet"))
     if not files:
-        raise FileNotFoundError(
-            f"{path} {'holds no data/*.parquet' if path.exists() else 'does not exist'}; {remedy}"
-        )
+        problem = "has no data/*.parquet" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}; {remedy}")
     rows = []
     for file in files:
         try:
             table = pq.read_table(file, columns=list(columns)).to_pylist()
         except (pa.ArrowException, OSError) as error:
+            names = " and ".join(columns)
             raise ValueError(
-                f"{file} is not a parquet file with the columns {' and '.join(columns)} ({error}); {remedy}"
+                f"{file} is not a parquet file with the columns {names} ({error}); {remedy}"
             ) from None
-        rows += [(f"{file}, row {i}", row) for i, row in enumerate(table, 1)]
+        rows += [(f"{file}, row {number}", row) for number, row in enumerate(table, 1)]
     return rows
