@@ -1,4 +1,7 @@
+"""The curves: they show what the log says, and errors are one line."""
+
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
@@ -6,63 +9,62 @@ from matplotlib.image import imread
 import plot
 
 
-def write_run(run, *, reward: float) -> None:
-    """Five steps with an evaluation before, amid and after; one number was not finite."""
-    run.mkdir()
+def write_run(run: Path, *, reward: float) -> Path:
+    """Five steps, evaluated at 0, 3 and 5. The reward grows linearly but is not finite in step 4."""
     records = []
     for step in range(6):
-        if step:
-            records.append(
-                {
-                    "step": step,
-                    "reward": reward * step if step != 4 else None,
-                    "entropy": 0.3,
-                    "completions/mean_length": 50 + step,
-                    "completions/mean_terminated_length": 40,
-                }
-            )
+        if step > 0:
+            record = {
+                "step": step,
+                "reward": None if step == 4 else reward * step,
+                "entropy": 0.3,
+                "completions/mean_length": 50 + step,
+                "completions/mean_terminated_length": 40,
+            }
+            records.append(record)
         if step in (0, 3, 5):
-            bounds = {"eval/success_low": 0.05 * step, "eval/success_high": 0.15 * step}
-            records.append({"step": step, "eval/success": 0.1 * step} | bounds)
+            record = {
+                "step": step,
+                "eval/success": 0.1 * step,
+                "eval/success_low": 0.05 * step,
+                "eval/success_high": 0.15 * step,
+            }
+            records.append(record)
+    run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
 
 
-def test_the_curves_are_those_of_the_log(tmp_path):
-    write_run(tmp_path / "a", reward=0.1)
-    write_run(tmp_path / "b", reward=0.2)
-    figure = plot.draw({name: plot.read_metrics(tmp_path / name) for name in ("a", "b")})
+def test_the_curves_show_the_log(tmp_path):
+    # Catches: the interval drawn from success instead of its bounds; None drawn as 0.
+    runs = {"a": write_run(tmp_path / "a", reward=0.1), "b": write_run(tmp_path / "b", reward=0.2)}
+    figure = plot.draw({name: plot.read_metrics(run) for name, run in runs.items()})
     reward, success, length, entropy = figure.axes
     for line, scale in zip(reward.lines, (0.1, 0.2), strict=True):
         steps, values = line.get_data()
         assert list(steps) == [1, 2, 3, 4, 5]
-        assert list(values) == pytest.approx(
-            [scale * 1, scale * 2, scale * 3, float("nan"), scale * 5], nan_ok=True
-        )
+        wanted = [scale * 1, scale * 2, scale * 3, float("nan"), scale * 5]
+        assert list(values) == pytest.approx(wanted, nan_ok=True)
     assert [list(line.get_xdata()) for line in success.lines] == [[0, 3, 5]] * 2
-    band = success.collections[0].get_paths()[0].vertices
-    assert {round(float(y), 9) for x, y in band if x == 5} >= {
-        0.25,
-        0.75,
-    }  # mutation: the band from success, not from its bounds
-    assert len(length.lines) == 4
-    assert (
-        len({line.get_color() for line in length.lines})
-        == len({line.get_color() for line in entropy.lines})
-        == 2
-    )
+    interval = success.collections[0].get_paths()[0].vertices
+    assert {round(float(y), 9) for x, y in interval if x == 5} >= {0.25, 0.75}
+    assert [line.get_ydata()[0] for line in length.lines] == [51, 40, 51, 40]
+    for panel in figure.axes:
+        assert len({line.get_color() for line in panel.lines}) == 2
+        assert panel.get_title()
+        assert panel.get_ylabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert all(panel.get_ylabel() and panel.get_title() for panel in figure.axes)
     assert "tokens" in length.get_ylabel()
     assert "nats" in entropy.get_ylabel()
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_picture_is_opaque_and_always_the_same(suffix, tmp_path, capsys):
-    write_run(tmp_path / "a", reward=0.1)
+def test_a_picture_is_opaque_and_reproducible(suffix, tmp_path, capsys):
+    run = write_run(tmp_path / "a", reward=0.1)
     pictures = []
     for name in ("one", "two"):
         out = tmp_path / f"{name}.{suffix}"
-        assert plot.main([str(tmp_path / "a"), "--out", str(out)]) == 0
+        assert plot.main([str(run), "--out", str(out)]) == 0
         assert capsys.readouterr().out == f"{out}\n"
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
@@ -72,33 +74,29 @@ def test_a_picture_is_opaque_and_always_the_same(suffix, tmp_path, capsys):
         assert pixels[2, 2].tolist() == [1, 1, 1, 1]
 
 
-def test_a_run_that_has_only_begun_is_drawn_next_to_it(tmp_path):
-    run = tmp_path / "a"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text(
-        '{"step": 0, "eval/success": 0.5, "eval/success_low": 0.4, "eval/success_high": 0.6}\n'
-    )
-    assert plot.main([str(run)]) == 0
-    assert (run / "curves.png").stat().st_size > 1000
+def test_a_run_without_training_steps_is_drawn_in_its_directory(tmp_path):
+    record = {"step": 0, "eval/success": 0.5, "eval/success_low": 0.4, "eval/success_high": 0.6}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert plot.main([str(tmp_path)]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, [], "metrics.jsonl does not exist; wanted the directory of a run"),
+        (None, [], "metrics.jsonl does not exist"),
         ("", [], "is empty"),
         ('{"step": 1}\n{"st\n', [], "line 2, is not valid JSON"),
         ('{"step": 1}\n', ["--out", "curves.jpg"], "ends in .png or .svg"),
         ('{"step": 1}\n', ["--out", "nowhere/curves.png"], "nowhere/curves.png"),
     ],
+    ids=["no log", "empty log", "damaged log", "unknown format", "no directory"],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
-    content, arguments, message, tmp_path, capsys
-):
+def test_user_errors_are_one_line_and_exit_code_2(content, arguments, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     assert plot.main([str(tmp_path), *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
