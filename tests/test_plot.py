@@ -10,7 +10,7 @@ import plot
 
 
 def write_run(run: Path, *, reward: float) -> Path:
-    """Five steps, evaluated at 0, 3 and 5. The reward grows linearly but is not finite in step 4."""
+    """Five steps, evaluated at 0, 3 and 5. The reward is linear, but not finite in step 4."""
     records = []
     for step in range(6):
         if step > 0:
