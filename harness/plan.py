@@ -1,9 +1,11 @@
-"""What a run will need of the card's memory, part by part, before anything is loaded.
+"""The memory plan of a run: the bytes of each part at its peak, computed before anything is loaded.
 
-Weights, gradients and optimizer state are given by the model. The KV cache of the rollout and the activations of the
-update share what is left: the cache takes as many rows at once as fit, and as few layers as possible are run twice.
+The model determines weights, gradient and optimizer state. What the budget leaves goes to the KV
+cache during the rollout and to activations during the update: the plan decodes as many answers at
+once as fit and recomputes as few layers as possible.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +19,21 @@ from optimizer import PIECE, AdamW
 from qwen2_model import KVCache, Qwen2Config
 
 GIB = 2**30
-PROMPT_TOKENS = 256  # allowed for a prompt; the task's own are not known yet
+PROMPT_TOKENS = 256  # assumed length of a prompt: the plan is made before any prompt is known
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
-RESERVE_BYTES = GIB  # left alone where model.memory_gib does not say what may be used
-STEP_BUFFERS = (
-    4  # of the size of float32 logits: two of a decode step as it is, two of its recordings
-)
-GRAPH_BYTES = (
-    2**16
-)  # of the driver for a kernel of a graph, "up until CUDA 12.4 and driver 550" (PyTorch, CUDAGraph Trees)
-CHUNK_BUFFERS = 1.5  # of the loss: a chunk's logits, in whose place all else is done, and their gradient in the weights' dtype
+RESERVE_BYTES = GIB  # left free if model.memory_gib is null
+# A decode step holds two buffers of the size of its float32 logits. Steps that run directly and
+# recorded steps have separate memory pools.
+STEP_BUFFERS = 4
+# "up until CUDA 12.4 and driver 550", per kernel of a graph (PyTorch, CUDAGraph Trees)
+GRAPH_BYTES = 2**16
+# float32 logits of a chunk of the loss and their gradient in bf16, and the logits of the next chunk
+CHUNK_BUFFERS = 3
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
-TRANSIT = 2**23  # elements that several processes share at once
+TRANSIT = 2**23  # elements that the ranks exchange in one collective call
 
-# hidden, intermediate, layers, heads, key heads (in Qwen2Config's order), tied: to plan before a model is downloaded
+# hidden size, intermediate size, layers, heads, key heads (the order of Qwen2Config), tied head:
+# enough to plan before a model is downloaded.
 PUBLISHED = {
     "0.5B": (896, 4864, 24, 14, 2, True),
     "1.5B": (1536, 8960, 28, 12, 2, True),
@@ -44,220 +47,256 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Plan:
-    rollout: dict[str, float]  # bytes of each part at the peak
-    update: dict[str, float]
-    budget: float  # bytes that may be used
-    host: float  # bytes of page-locked CPU memory
-    cache_bytes: int  # for grpo.rollout
-    evaluation_cache_bytes: (
-        int  # the same less the prompts of the held-out questions, which are prefilled all at once
-    )
-    checkpoint_layers: int  # for grpo.update_policy
-    cache_rows: int
+    """What one rank needs. All sizes are in bytes."""
+
+    rollout: dict[str, float]  # parts that are in memory together at the rollout's peak
+    update: dict[str, float]  # the same at the update's peak
+    budget: float
+    pinned_bytes: float  # CPU memory for offloaded optimizer state
+    cache_bytes: int  # KV cache budget for grpo.rollout
+    evaluation_cache_bytes: int  # smaller: an evaluation prefills more prompts at once
+    cache_rows: int  # answers decoded at once; 0: not one fits
+    recompute_layers: int  # for grpo.update_policy
 
     @property
-    def needed(self) -> float:  # bytes
+    def needed(self) -> float:
         return max(sum(self.rollout.values()), sum(self.update.values()))
+
+    @property
+    def fits(self) -> bool:
+        return self.cache_rows >= 1 and sum(self.update.values()) <= self.budget
 
     def table(self) -> str:
         columns = [part | {"total": sum(part.values())} for part in (self.rollout, self.update)]
         lines = [f"{'GiB':42}{'rollout':>9}{'update':>9}"]
         for name in dict.fromkeys([*self.rollout, *self.update, "total"]):
-            cells = (
-                f"{column[name] / GIB:9.2f}" if name in column else f"{'-':>9}"
-                for column in columns
-            )
+            cells = [f"{c[name] / GIB:9.2f}" if name in c else f"{'-':>9}" for c in columns]
             lines.append(f"{name:42}{''.join(cells)}")
-        lines.append(
-            f"to use: {self.budget / GIB:.2f}"
-            + (f"; page-locked CPU memory: {self.host / GIB:.2f}" if self.host else "")
-        )
-        return "\n".join(lines)
+        pinned = f"; pinned CPU memory: {self.pinned_bytes / GIB:.2f}" if self.pinned_bytes else ""
+        return "\n".join([*lines, f"budget: {self.budget / GIB:.2f}{pinned}"])
 
 
 def make_plan(
     config: Config, shape: Qwen2Config, *, cards: int = 1, held_out: int | None = None
 ) -> Plan:
-    """What each of so many cards needs, or of so many processes; held_out: how many questions, None: data.test_size.
+    """Plan the memory of one of `cards` ranks.
 
-    Raises ValueError naming the settings that would make the run fit, if it does not.
+    held_out: number of evaluation questions (default: data.test_size, if the task has that key).
+    Raises ValueError if the run does not fit, with the table and settings with which it fits.
     """
-    training, device, dtype = (
-        config.training,
-        config.model.device,
-        getattr(torch, config.model.dtype),
-    )
-    questions = -(-training.num_questions_per_batch // cards)  # of a step, of one process
-    answers = questions * (training.batch_size // training.num_questions_per_batch)
-    budget = (
-        config.model.memory_gib * GIB if config.model.memory_gib else _free_budget(device, cards)
-    )
-    weights = num_weights(shape) * dtype.itemsize
-    state = num_weights(shape) * AdamW.state_bytes_per_weight(dtype) / cards
-    offloaded = config.optimizer.offload and device == "cuda"
-    fixed = {"weights": weights, "optimizer state": 0 if offloaded else state}
-    if device == "cuda":
-        fixed["CUDA context and workspaces"] = CONTEXT_BYTES
-
-    token_bytes, longest = (
-        KVCache.bytes_per_token(shape, dtype),
-        PROMPT_TOKENS + training.max_gen_len,
-    )
-    row_bytes, prompt_bytes = token_bytes * longest, token_bytes * PROMPT_TOKENS
-    ahead = token_bytes * CHECK_INTERVAL  # columns of tokens drawn before somebody looks
-    more_rows = longest / training.max_gen_len  # have room where prompts are shorter than planned
-    step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows  # of a row
-    rollout = fixed | {"prompts": prompt_bytes * questions}
-    if device == "cuda":
-        rollout["graphs of the decode step"] = GRAPHS_KEPT * GRAPH_BYTES * step_kernels(shape)
-    if packs_for_decoding(device, dtype):
-        rollout["weights, packed for decoding"] = weights
-    cache_rows = int(
-        min(answers, (budget - sum(rollout.values())) // (row_bytes + ahead + step_bytes))
-    )
-    rows = max(cache_rows, 1)
-    rollout["decode step"] = rows * step_bytes
-    rollout[f"KV cache, {rows} of {answers} rows at once"] = rows * (row_bytes + ahead)
     if held_out is None:
-        held_out = getattr(config.data, "test_size", 0)  # a task may have other keys
-    more_prompts = prompt_bytes * max(0, -(-held_out // cards) - questions)
+        held_out = getattr(config.data, "test_size", 0)
+    gib, device = config.model.memory_gib, config.model.device
+    budget = gib * GIB if gib else _free_budget(device, cards)
+    plan = _plan(config, shape, cards, held_out, budget)
+    if not plan.fits:
+        raise ValueError(
+            f"the run does not fit into {budget / GIB:.2f} GiB (model.memory_gib={gib or 'null'}):"
+            f"\n{plan.table()}\n{_remedy(config, shape, cards, plan)}"
+        )
+    return plan
 
-    piece = min(PIECE[device], num_weights(shape))
-    in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype) if offloaded else 0
-    update = fixed | {
-        "gradients": weights,
-        "loss chunk": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[device],
-        "optimizer temporaries": in_transit + UPDATE_BUFFERS * 4 * piece,
-    }
-    if cards > 1:
-        update["pieces in transit to other cards"] = 2 * 4 * min(TRANSIT, num_weights(shape))
-    tokens = max(training.micro_batch_tokens, longest)  # a row holds one answer, however long
-    update["attention mask"] = tokens * mask_bytes_per_token(config, shape)
-    for checkpoint_layers in range(shape.num_hidden_layers + 1):
-        activations = tokens * activation_bytes_per_token(shape, dtype, checkpoint_layers, device)
-        if sum(update.values()) + activations <= budget:
-            break
-    update[f"activations, {checkpoint_layers} of {shape.num_hidden_layers} layers run twice"] = (
-        activations
-    )
-    plan = Plan(
+
+def _plan(config: Config, shape: Qwen2Config, cards: int, held_out: int, budget: float) -> Plan:
+    training, dtype = config.training, getattr(torch, config.model.dtype)
+    questions = math.ceil(training.num_questions_per_batch / cards)
+    num_answers = questions * (training.batch_size // training.num_questions_per_batch)
+    rollout, cache_rows = _rollout_parts(config, shape, cards, questions, num_answers, budget)
+    update, recompute_layers = _update_parts(config, shape, cards, budget)
+
+    token_bytes = KVCache.bytes_per_token(shape, dtype)
+    row_bytes = token_bytes * (PROMPT_TOKENS + training.max_gen_len)
+    cache_bytes = max(cache_rows, 1) * row_bytes
+    more_prompts = max(0, math.ceil(held_out / cards) - questions)
+    evaluation_cache_bytes = cache_bytes - more_prompts * token_bytes * PROMPT_TOKENS
+    return Plan(
         rollout,
         update,
         budget,
-        state if offloaded else 0,
-        rows * row_bytes,
-        max(row_bytes, rows * row_bytes - more_prompts),
-        checkpoint_layers,
-        cache_rows,
+        pinned_bytes=_state_bytes(shape, dtype, cards) if _offloads(config) else 0,
+        cache_bytes=cache_bytes,
+        evaluation_cache_bytes=max(row_bytes, evaluation_cache_bytes),
+        cache_rows=cache_rows,
+        recompute_layers=recompute_layers,
     )
-    if cache_rows < 1 or sum(update.values()) > budget:
-        setting = f"model.memory_gib={config.model.memory_gib or 'null'}"
-        raise ValueError(
-            f"the run does not fit into {budget / GIB:.2f} GiB ({setting}):\n{plan.table()}\n"
-            + _remedy(config, shape, plan)
-        )
-    return plan
+
+
+def _fixed_parts(config: Config, shape: Qwen2Config, cards: int) -> dict[str, float]:
+    """What stays in memory throughout the run."""
+    dtype = getattr(torch, config.model.dtype)
+    state = 0 if _offloads(config) else _state_bytes(shape, dtype, cards)
+    parts = {"weights": num_weights(shape) * dtype.itemsize, "optimizer state": state}
+    if config.model.device == "cuda":
+        parts["CUDA context and workspaces"] = CONTEXT_BYTES
+    return parts
+
+
+def _rollout_parts(
+    config: Config,
+    shape: Qwen2Config,
+    cards: int,
+    questions: int,
+    num_answers: int,
+    budget: float,
+) -> tuple[dict[str, float], int]:
+    """The parts of the rollout, and how many answers the budget lets it decode at once."""
+    dtype, longest = getattr(torch, config.model.dtype), PROMPT_TOKENS + config.training.max_gen_len
+    parts, token_bytes = _fixed_parts(config, shape, cards), KVCache.bytes_per_token(shape, dtype)
+    parts["prompts"] = questions * PROMPT_TOKENS * token_bytes
+    if config.model.device == "cuda":
+        parts["graphs of the decode step"] = GRAPHS_KEPT * GRAPH_BYTES * step_kernels(shape)
+    if packs_for_decoding(config.model.device, dtype):
+        parts["weights, packed for decoding"] = parts["weights"]
+
+    # Answers run on for up to CHECK_INTERVAL tokens before the host sees that they have ended.
+    row_bytes = token_bytes * (longest + CHECK_INTERVAL)
+    # If prompts are shorter than assumed, the same cache holds more rows, and their logits.
+    more_rows = longest / config.training.max_gen_len
+    step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows
+    free = budget - sum(parts.values())
+    cache_rows = max(0, min(num_answers, int(free // (row_bytes + step_bytes))))
+    rows = max(cache_rows, 1)
+    parts["decode step"] = rows * step_bytes
+    parts[f"KV cache, {rows} of {num_answers} answers at once"] = rows * row_bytes
+    return parts, cache_rows
+
+
+def _update_parts(
+    config: Config, shape: Qwen2Config, cards: int, budget: float
+) -> tuple[dict[str, float], int]:
+    """The parts of the update, and how many layers it must recompute to stay within the budget."""
+    device, dtype = config.model.device, getattr(torch, config.model.dtype)
+    parts = _fixed_parts(config, shape, cards)
+    piece = min(PIECE[device], num_weights(shape))
+    in_transit = IN_TRANSIT * piece * AdamW.state_bytes_per_weight(dtype)
+    head = shape.vocab_size * shape.hidden_size * dtype.itemsize
+    parts |= {
+        "gradient": parts["weights"],
+        "gradient of the head from one micro-batch": head,
+        "chunk of logits": CHUNK_BUFFERS * LOGIT_CHUNK_BYTES[device],
+        "optimizer temporaries": UPDATE_BUFFERS * 4 * piece
+        + (in_transit if _offloads(config) else 0),
+    }
+    if cards > 1:
+        parts["exchange between ranks"] = 2 * 4 * min(TRANSIT, num_weights(shape))
+    # A micro-batch holds at least one answer, however long.
+    tokens = max(config.training.micro_batch_tokens, PROMPT_TOKENS + config.training.max_gen_len)
+    parts["attention mask"] = tokens * mask_bytes_per_token(config, shape)
+
+    # At the end of the backward pass the activations are gone, but the embedding's gradient exists.
+    # If the head is tied to the embedding, the head's gradient waits for it.
+    waiting = head - parts["chunk of logits"] - parts["attention mask"]
+    embedding = waiting if shape.tie_word_embeddings else 0
+    for recompute_layers in range(shape.num_hidden_layers):
+        activations = activation_bytes_per_token(shape, dtype, recompute_layers, device)
+        activation_bytes = max(tokens * activations, embedding)
+        if sum(parts.values()) + activation_bytes <= budget:
+            break
+    name = f"activations, {recompute_layers} of {shape.num_hidden_layers} layers recomputed"
+    return parts | {name: activation_bytes}, recompute_layers
 
 
 def _free_budget(device: str, cards: int) -> float:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "model.memory_gib=null stands for what is free on the card, but no CUDA device is here; "
-            "say what the card has, for example model.memory_gib=43.5"
+            "model.memory_gib=null plans with the memory that is free on the card, but there is no "
+            "CUDA device; say how much the card has, for example model.memory_gib=43.5"
         )
-    return (free_bytes(torch.device(device)) - RESERVE_BYTES) / (
-        cards if device == "cpu" else 1
-    )  # they share this machine's
+    ranks = cards if device == "cpu" else 1  # ranks on CPUs share one machine's memory
+    return (free_bytes(torch.device(device)) - RESERVE_BYTES) / ranks
+
+
+def _offloads(config: Config) -> bool:
+    return config.optimizer.offload and config.model.device == "cuda"
+
+
+def _state_bytes(shape: Qwen2Config, dtype: torch.dtype, cards: int) -> float:
+    return num_weights(shape) * AdamW.state_bytes_per_weight(dtype) / cards
 
 
 def activation_bytes_per_token(
-    shape: Qwen2Config, dtype: torch.dtype, checkpoint_layers: int, device: str = "cpu"
+    shape: Qwen2Config, dtype: torch.dtype, recompute_layers: int, device: str = "cpu"
 ) -> float:
-    """What the backward pass needs of the forward pass, bytes a token of a micro-batch."""
+    """Bytes that the forward pass keeps for the backward pass, per token of a micro-batch."""
     b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
-    # Each norm keeps its input: the kernel of a card as it is, on a CPU in float32 and the normalised value beside it.
+    # A norm keeps its input. On a CPU it is in float32, with the normalised value beside it.
     norms = 2 * b * E if device == "cuda" else 2 * (4 * E + 4 * E)
-    attention = b * (
-        4 * E + 4 * shape.num_key_value_heads * shape.head_dim
-    )  # input, queries, result twice; keys, values
-    mlp = b * (E + 3 * I)  # input, gate, up, silu(gate) * up
-    layer = norms + attention + mlp
-    # With half a layer for gradients in flight. When the first layer is run again, those that are kept whole have been freed.
-    layers = max(
-        shape.num_hidden_layers - checkpoint_layers + 0.5, 1.5 if checkpoint_layers else 0.0
-    )
-    return (
-        layers * layer + checkpoint_layers * b * E + 6 * b * E
-    )  # embedding, final norm, scored hidden states and their gradient
+    # Attention keeps input, queries and result twice, keys and values; the MLP keeps input, gate,
+    # up and silu(gate) * up.
+    attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)
+    mlp = b * (E + 3 * I)
+    # Half a layer more for gradients in flight. Whole layers are freed before the backward pass
+    # reaches the recomputed ones, which are alive one at a time.
+    layers = max(shape.num_hidden_layers - recompute_layers + 0.5, 1.5 if recompute_layers else 0.0)
+    # The last term is the embedding, the final norm, the scored hidden states and their gradient.
+    return layers * (norms + attention + mlp) + recompute_layers * b * E + 6 * b * E
 
 
 def mask_bytes_per_token(config: Config, shape: Qwen2Config) -> int:
     heads_per_key = shape.num_attention_heads // shape.num_key_value_heads
-    return (
-        heads_per_key
-        * (PROMPT_TOKENS + config.training.max_gen_len)
-        * getattr(torch, config.model.dtype).itemsize
-    )
+    longest = PROMPT_TOKENS + config.training.max_gen_len
+    return heads_per_key * longest * getattr(torch, config.model.dtype).itemsize
 
 
 def step_kernels(shape: Qwen2Config) -> int:
-    """Kernels of a decode step, at most."""
+    """An upper bound for the number of kernels in a decode step."""
     return 32 * shape.num_hidden_layers + 64
 
 
 def num_weights(shape: Qwen2Config) -> int:
-    E, I, KD = (
-        shape.hidden_size,
-        shape.intermediate_size,
-        shape.num_key_value_heads * shape.head_dim,
-    )
+    E, I = shape.hidden_size, shape.intermediate_size
+    KD = shape.num_key_value_heads * shape.head_dim
     layer = 2 * E * E + E + 2 * (E * KD + KD) + 3 * E * I + 2 * E
-    return (
-        shape.num_hidden_layers * layer
-        + E
-        + shape.vocab_size * E * (1 if shape.tie_word_embeddings else 2)
-    )
+    matrices = 1 if shape.tie_word_embeddings else 2
+    return shape.num_hidden_layers * layer + E + matrices * shape.vocab_size * E
 
 
 def find_shape(model_path: str) -> Qwen2Config:
-    """The model's shape: of the directory or, before it is downloaded, of the published model of that name."""
+    """Read a model directory's shape, or look up a published model that is not downloaded yet."""
     path = Path(model_path)
-    size = next(
-        (size for size in PUBLISHED if f"qwen2.5-{size}".lower() in path.name.lower()), None
-    )
     if path.exists():
         return Qwen2Config.from_json(path / "config.json")
-    if size is None:
-        raise FileNotFoundError(absent_model(path))
-    *sizes, tied = PUBLISHED[size]
-    return Qwen2Config(
-        151936 if tied else 152064,
-        *sizes,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-    )
+    for size, (*sizes, tied) in PUBLISHED.items():
+        if f"qwen2.5-{size}".lower() in path.name.lower():
+            return Qwen2Config(
+                151936 if tied else 152064,
+                *sizes,
+                max_position_embeddings=32768,
+                rms_norm_eps=1e-6,
+                rope_theta=1e6,
+                tie_word_embeddings=tied,
+            )
+    raise FileNotFoundError(absent_model(path))
 
 
 def absent_model(path: Path) -> str:
-    return f"model.path={path} does not exist; " + (
-        f"fetch it with\n  uv run hf download Qwen/{path.name} --local-dir {path}"
-        if path.name.startswith("Qwen2.5-")
-        else "name a directory with a model, or make a small one: uv run warm_start.py"
-    )
-
-
-def _remedy(config: Config, shape: Qwen2Config, plan: Plan) -> str:
-    missing = plan.needed - plan.budget
-    per_token = activation_bytes_per_token(
-        shape, getattr(torch, config.model.dtype), shape.num_hidden_layers, config.model.device
-    ) + mask_bytes_per_token(config, shape)
-    tokens = int(config.training.micro_batch_tokens - missing / per_token) // 256 * 256
-    if plan.cache_rows >= 1 and tokens >= config.training.max_gen_len + PROMPT_TOKENS:
-        return f"set training.micro_batch_tokens={tokens}"
-    if not config.optimizer.offload and config.model.device == "cuda":
-        return "set optimizer.offload=true, which keeps the optimizer state in CPU memory"
+    if path.name.startswith("Qwen2.5-"):
+        command = f"uv run hf download Qwen/{path.name} --local-dir {path}"
+        return f"model.path={path} does not exist; download it with\n  {command}"
     return (
-        f"raise model.memory_gib by {missing / GIB:.1f} on a larger card, or take a smaller model"
+        f"model.path={path} does not exist; name a directory that holds a model, or make a small "
+        "one with\n  uv run warm_start.py"
     )
+
+
+def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
+    """Settings with which the run fits; each is tried before it is suggested."""
+
+    now, longest = config.training.micro_batch_tokens, PROMPT_TOKENS + config.training.max_gen_len
+    step = max(256, now // 32)
+    for offload in (config.optimizer.offload, True):
+        for tokens in (now, *range(now - step, longest, -step), longest):
+            settings = {}
+            if offload != config.optimizer.offload:
+                settings["optimizer.offload"] = "true"
+            if longest <= tokens < now:
+                settings["training.micro_batch_tokens"] = tokens
+            training = config.training.model_copy(update={"micro_batch_tokens": min(tokens, now)})
+            optimizer = config.optimizer.model_copy(update={"offload": offload})
+            changed = config.model_copy(update={"training": training, "optimizer": optimizer})
+            if settings and _plan(changed, shape, cards, 0, plan.budget).fits:
+                return "set " + " and ".join(f"{key}={value}" for key, value in settings.items())
+    needed = math.ceil(100 * plan.needed / GIB) / 100
+    if config.model.memory_gib is None:
+        return f"{needed:.2f} GiB of free memory are enough; otherwise take a smaller model"
+    return f"set model.memory_gib={needed:.2f} if there is as much, or take a smaller model"
