@@ -1,6 +1,6 @@
-"""What exists only for a CPU. Without it, and the calls of it, the program runs, slower.
+"""Tricks that only a CPU needs. Without them the program runs the same way, but slower.
 
-Everything here leans on things that are not PyTorch's public face, each for a measured reason (bench/LOG.md).
+They use parts of PyTorch that are not public, each for a measured reason (bench/LOG.md).
 """
 
 import ctypes
@@ -15,31 +15,33 @@ from torch import Tensor, nn
 
 from qwen2_model import Transformer
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-SMALL = 2**17  # weights; a smaller matrix stays in the cache, where its order does not matter
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
+SMALL = 2**17  # weights; a smaller matrix stays in the CPU's cache and gains nothing from packing
 
 
 def prepare_process() -> None:
-    """Sum in one order whatever the threads do, so that two runs of one seed are the same run; and keep what is freed.
+    """Make sums deterministic, so that two runs with one seed are identical, and keep freed memory.
 
-    Every step frees and asks for the same hundreds of megabytes; handed back to the kernel and asked for page by page they
-    took as long as the arithmetic.
+    Every step frees and allocates the same hundreds of megabytes. Returning them to the kernel and
+    faulting them in again page by page takes as long as the arithmetic.
     """
-    # This is use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB.
+    # use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            libc.mallopt(option, value)
+    if hasattr(libc, "mallopt"):  # Linux with glibc; other C libraries keep their own policy
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def warn_of_slow_dtype(dtype: torch.dtype) -> str:
-    """What to say where this CPU has no instructions for bf16 and emulates it; else nothing."""
-    if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """A warning if this CPU multiplies bf16 matrices slowly, for want of instructions; else ""."""
+    if dtype != torch.bfloat16 or _onednn_multiplies(dtype):
         return ""
-    slower = operations_per_second(torch.float32) / operations_per_second(torch.bfloat16)
-    return f"this CPU has no instructions for bfloat16 and multiplies {slower:.0f} times slower in it; set model.dtype=float32"
+    slowdown = operations_per_second(torch.float32) / operations_per_second(torch.bfloat16)
+    if slowdown < 2:
+        return ""
+    return f"this CPU multiplies bfloat16 {slowdown:.0f} times slower; set model.dtype=float32"
 
 
 def operations_per_second(dtype: torch.dtype) -> float:
@@ -49,35 +51,36 @@ def operations_per_second(dtype: torch.dtype) -> float:
 
 @contextmanager
 def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
-    """Within, the products of `rows` rows have their weights in the order of the CPU's vector instructions.
+    """Within this context, weights are also stored in oneDNN's own order for `rows` rows of input.
 
-    A product with few rows otherwise spends up to two thirds of its time rearranging them. Takes the weights' memory once
-    more; gone before the weights change.
+    A product with few rows otherwise spends up to two thirds of its time on reordering. The packed
+    copy takes as much memory as the weights. The weights must not change inside the context.
     """
     if not packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
         yield
         return
-    products = [
-        (m, "forward", m.weight, m.bias) for m in model.model.modules() if isinstance(m, nn.Linear)
-    ]
+    linears = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    products = [(linear, "forward", linear.weight, linear.bias) for linear in linears]
     products.append((model, "logits", model.head_weight_VE, None))
     try:
         for module, name, weight_OE, bias_O in products:
             if weight_OE.numel() > SMALL:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight_OE.detach(), rows)
-                setattr(
-                    module,
-                    name,
-                    partial(_product, weight_OE=weight_OE, packed=packed, bias_O=bias_O),
-                )
+                product = partial(_product, weight_OE=weight_OE, packed=packed, bias_O=bias_O)
+                setattr(module, name, product)
         yield
     finally:
         for module, name, _, _ in products:
-            module.__dict__.pop(name, None)  # the method of its class again
+            module.__dict__.pop(name, None)  # uncovers the method of the class
 
 
 def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:
-    if device != "cpu" or not torch.backends.mkldnn.is_available():
+    return device == "cpu" and _onednn_multiplies(dtype)
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is fast in this dtype; some builds of PyTorch for Arm do not have oneDNN."""
+    if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
