@@ -1,17 +1,18 @@
-"""What is left of small updates in bf16: a regression with a known answer, 500 steps of AdamW, four ways to store weights.
+"""What remains of small updates in bf16: a regression with a known answer, 500 steps of AdamW.
 
     uv run bench/bf16.py
 
-Weights start at the size of a language model's (std 0.02) and have 0.002 to go each, more than 500 steps can cover, so
-that a faithful optimizer travels about learning rate x steps. The gradient is taken at the weights as the model would
-see them. Distances are to the float32 run, in percent of the way that it travelled.
+The weights start at the scale of a language model (standard deviation 0.02), each 0.002 from its
+answer. That is further than 500 steps reach, so an exact optimizer travels about learning rate x
+steps. The gradient is taken at the weights that the model sees. Errors are distances to the float32
+run, relative to the distance that it travelled.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,50 +23,42 @@ OURS, STOCHASTIC, PLAIN = "bf16 + 16 low bits", "bf16, stochastic rounding", "pl
 
 
 def main() -> None:
-    print(
-        f"{'learning rate':14}{'stored as':26}{'error of what is stored':>24}{'of what the model sees':>24}"
-    )
+    print(f"{'learning rate':14}{'stored as':26}{'error of stored':>16}{'of seen weights':>16}")
     for lr in (1e-6, 1e-5):
         start, exact, _ = train(lr, "float32")
         for kind in (OURS, STOCHASTIC, PLAIN):
-            errors = [
-                (weight - exact).norm() / (exact - start).norm() for weight in train(lr, kind)[1:]
-            ]
-            print(f"{lr:<14g}{kind:26}{errors[0]:24.2%}{errors[1]:24.2%}")
+            _, stored, seen = train(lr, kind)
+            errors = [(w - exact).norm() / (exact - start).norm() for w in (stored, seen)]
+            print(f"{lr:<14g}{kind:26}{errors[0]:16.2%}{errors[1]:16.2%}")
 
 
-def train(lr: float, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights as they begin; in the end as stored, with whatever completes them, and as the model sees them. In float32."""
+def train(lr: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the first weights, the last as stored, and the last as a model sees them: float32."""
     generator = torch.Generator().manual_seed(0)
     start = (0.02 * torch.randn(SIZE, SIZE, generator=generator)).bfloat16().float()
     answer = start + 0.002 * torch.randn(SIZE, SIZE, generator=generator).sign()
     weight = nn.Parameter(start.clone() if kind == "float32" else start.bfloat16())
-    master = (
-        nn.Parameter(start.clone()) if kind == STOCHASTIC else weight
-    )  # if not the weight, thrown away after every step
-    optimizer = (
-        AdamW([weight], lr=lr)
-        if kind == OURS
-        else torch.optim.AdamW([master], lr=lr, weight_decay=0.0)
-    )
+    # Stochastic rounding updates a float32 copy in each step and then throws it away.
+    updated = nn.Parameter(start.clone()) if kind == STOCHASTIC else weight
+    if kind == OURS:
+        optimizer = AdamW([weight], lr=lr)
+    else:
+        optimizer = torch.optim.AdamW([updated], lr=lr, weight_decay=0.0)
     for _ in range(STEPS):
         inputs = torch.randn(BATCH, SIZE, generator=generator)
         error = inputs @ (weight.detach().float() - answer)
-        master.data.copy_(weight.detach())
-        master.grad = (inputs.T @ error / BATCH).to(master.dtype)
+        updated.data.copy_(weight.detach())
+        updated.grad = (inputs.T @ error / BATCH).to(updated.dtype)
         optimizer.step()
         if kind == STOCHASTIC:
-            noise = torch.randint(0, 1 << 16, master.shape, generator=generator, dtype=torch.int32)
-            bits = (master.detach().view(torch.int32) + noise) & ~0xFFFF
+            noise = torch.randint(0, 1 << 16, (SIZE, SIZE), generator=generator, dtype=torch.int32)
+            bits = (updated.detach().view(torch.int32) + noise) & ~0xFFFF
             weight.data.copy_(bits.view(torch.float32))
     seen = weight.detach().float()
-    return (
-        start,
-        join_bits(weight.detach(), optimizer.state["low"].view_as(weight))
-        if kind == OURS
-        else seen,
-        seen,
-    )
+    if kind != OURS:
+        return start, seen, seen
+    low_bits = optimizer.state["low_bits"].view_as(weight)
+    return start, join_bits(weight.detach(), low_bits), seen
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How much faster several processes are than one: the same rollout and update, by the clock on the wall, waiting included.
+"""The speed-up of several ranks: the same rollout and update by wall clock, with all waiting.
 
 OMP_NUM_THREADS=1 uv run bench/processes.py 0.5B 8 16 48 --layers 8 --dtype float32
-OMP_NUM_THREADS=1 uv run torchrun --nproc-per-node 2 bench/processes.py 0.5B 8 16 48 --layers 8 --dtype float32
+OMP_NUM_THREADS=1 uv run torchrun --nproc-per-node 2 \
+    bench/processes.py 0.5B 8 16 48 --layers 8 --dtype float32
 """
 
 import os
@@ -9,24 +10,21 @@ import time
 
 import torch
 from common import peak_gib, random_model, work_parser
+from harness.distributed import Torchrun
 
-from data_types import ALONE
+from bench.synthetic import SyntheticTokenizer, random_episodes, random_questions, random_reward
+from data_types import SingleProcess
 from grpo import rollout, update_policy
 from harness import cpu
-from harness.console import PhaseWatch
-from harness.made_up import AnyTokenizer, random_episodes, random_questions, random_reward
-from harness.parallel import Processes
 from optimizer import AdamW
 
 
 def main() -> None:
     args = work_parser().parse_args()
-    processes = Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ALONE
-    model, rows = random_model(args), args.questions * args.answers
-    optimizer, vocab_size = (
-        AdamW(model.parameters(), lr=1e-6, processes=processes),
-        model.config.vocab_size,
-    )
+    world = Torchrun() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else SingleProcess()
+    model, num_answers = random_model(args), args.questions * args.answers
+    optimizer = AdamW(model.parameters(), lr=1e-6, world=world)
+    vocab_size = model.config.vocab_size
     questions = random_questions(args.questions, args.prompt, vocab_size)
     episodes = random_episodes(
         args.questions,
@@ -36,21 +34,22 @@ def main() -> None:
         mean=args.mean,
         vocab_size=vocab_size,
     )
-    tokens, state = rows * args.length, sum(t.nbytes for t in optimizer.state.values())
+    learned_tokens = sum(len(e.response_token_ids) for e in episodes)
+    state = sum(tensor.nbytes for tensor in optimizer.state.values())
     for _ in range(args.repeat):
-        processes.share([])  # all begin together
-        clock, watch = time.perf_counter(), PhaseWatch("step", processes=processes)
-        with cpu.packed_for_decoding(model, rows // processes.size):
+        world.all_gather_objects(None)  # all ranks start together
+        start = time.perf_counter()
+        with cpu.packed_for_decoding(model, num_answers // world.size):
             rollout(
                 model,
-                AnyTokenizer(vocab_size),
+                SyntheticTokenizer(vocab_size),
                 questions,
                 num_answers=args.answers,
                 max_gen_len=args.length,
                 temperature=1.0,
                 reward_function=random_reward(),
                 generator=torch.Generator().manual_seed(0),
-                watch=watch,
+                world=world,
             )
         sampled = time.perf_counter()
         update_policy(
@@ -60,18 +59,19 @@ def main() -> None:
             max_grad_norm=1.0,
             skip_unfinished=False,
             micro_batch_tokens=1024,
-            watch=watch,
+            world=world,
         )
-        learned = time.perf_counter()
-        if processes.rank == 0:
+        sampling, learning = sampled - start, time.perf_counter() - sampled
+        if world.rank == 0:
             print(
-                f"{processes.size} processes of {torch.get_num_threads()} threads: rollout {sampled - clock:.2f} s, "
-                f"{tokens / (sampled - clock):.1f} tokens/s; update {learned - sampled:.2f} s, "
-                f"{tokens / (learned - sampled):.1f} tokens/s; in each: optimizer state {state / 2**30:.2f} GiB, peak memory "
-                f"{peak_gib(args.device):.2f} GiB"
+                f"{world.size} processes of {torch.get_num_threads()} threads: "
+                f"rollout {sampling:.2f} s, {num_answers * args.length / sampling:.1f} tokens/s; "
+                f"update {learning:.2f} s, {learned_tokens / learning:.1f} tokens/s; "
+                f"per rank: optimizer state {state / 2**30:.2f} GiB, "
+                f"peak memory {peak_gib(args.device):.2f} GiB"
             )
-    if processes.size > 1:
-        processes.close()
+    if world.size > 1:
+        world.close()
 
 
 if __name__ == "__main__":

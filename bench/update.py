@@ -1,26 +1,27 @@
-"""How fast one policy-gradient step is, and what it needs of memory.
+"""How fast one policy-gradient step is, and how much memory it takes.
 
     uv run bench/update.py 0.5B 4 8 64
-    uv run bench/update.py 3B 32 8 1024 --mean 437 --device cuda --checkpoint-layers 36 --offload
+    uv run bench/update.py 3B 32 8 1024 --mean 437 --device cuda --recompute-layers 36 --offload
 
-Utilisation counts the products that cannot be avoided (6 FLOP a weight and token, the head on response tokens only,
-each prompt once) over the rate that the machine reaches on a large product.
+Utilisation is the time that the necessary products would take at the rate of a large product, over
+the time taken. Necessary are 6 FLOP per weight and token, for each prompt once, and the head on
+response tokens only.
 """
 
 import time
 
 from common import body_and_head, matrix_rate, peak_gib, random_model, work_parser
 
+from bench.synthetic import random_episodes
 from grpo import update_policy
-from harness.console import PhaseWatch
-from harness.made_up import random_episodes
+from harness.console import Progress
 from optimizer import AdamW
 
 
 def main() -> None:
     parser = work_parser()
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
-    parser.add_argument("--checkpoint-layers", type=int, default=0)
+    parser.add_argument("--recompute-layers", type=int, default=0)
     parser.add_argument("--offload", action="store_true")
     args = parser.parse_args()
     model = random_model(args)
@@ -33,32 +34,33 @@ def main() -> None:
         mean=args.mean,
         vocab_size=model.config.vocab_size,
     )
-    responses, (body, head) = (
-        sum(len(e.response_token_ids) for e in episodes),
-        body_and_head(model.config),
-    )
+    responses = sum(len(e.response_token_ids) for e in episodes)
+    body, head = body_and_head(model.config)
     needed = 6 * body * (responses + args.questions * args.prompt) + 6 * head * responses
-    state = 0 if optimizer.offloaded else sum(t.nbytes for t in optimizer.state.values())
-    standing = (2 * sum(p.nbytes for p in model.parameters()) + state) / 2**30
+    fixed = 2 * sum(p.nbytes for p in model.parameters())
+    if optimizer.streamed is None:
+        fixed += sum(tensor.nbytes for tensor in optimizer.state.values())
     flops = matrix_rate(args.device, model.head_weight_VE.dtype)
     for _ in range(args.repeat):
-        start, watch = time.perf_counter(), PhaseWatch("update")
+        start, progress = time.perf_counter(), Progress("update")
         update_policy(
             model,
             optimizer,
             episodes,
             max_grad_norm=1.0,
             skip_unfinished=False,
-            watch=watch,
             micro_batch_tokens=args.micro_batch_tokens,
-            checkpoint_layers=args.checkpoint_layers,
+            recompute_layers=args.recompute_layers,
+            progress=progress,
         )
-        seconds = time.perf_counter() - start
+        seconds, peak = time.perf_counter() - start, peak_gib(args.device)
+        gradient, optimizing = progress.seconds["gradient"], progress.seconds["optimizer"]
         print(
-            f"{seconds:6.2f} s: gradient {watch.seconds['gradient']:.2f}, optimizer {watch.seconds['optimizer']:.2f}; "
-            f"{responses / seconds:7.1f} response tokens/s, {watch.counts['tokens_run']} tokens run; utilisation of the gradient "
-            f"{needed / flops / watch.seconds['gradient']:.0%}; peak {peak_gib(args.device):.2f} GiB, "
-            f"{peak_gib(args.device) - standing:.2f} above weights, gradients and optimizer state"
+            f"{seconds:6.2f} s: gradient {gradient:.2f}, optimizer {optimizing:.2f}; "
+            f"{responses / seconds:7.1f} response tokens/s, "
+            f"{progress.counts['gradient']} tokens run; "
+            f"utilisation of the gradient {needed / flops / gradient:.0%}; peak {peak:.2f} GiB, "
+            f"{peak - fixed / 2**30:.2f} above weights, gradient and optimizer state"
         )
 
 
