@@ -1,4 +1,4 @@
-"""What a person sees while the program works: one bar for the part at hand, a line a step, and times for the logs."""
+"""What a person sees: a bar for the phase at hand, one line per step, messages and exit codes."""
 
 import functools
 import os
@@ -13,10 +13,10 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from tqdm import tqdm
 
-from data_types import ALONE, Alone, Watch
+from data_types import NoProgress
 
 UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step"}
-COLUMNS = {  # column: (metric, format); 80 characters wide in all
+COLUMNS = {  # column: (metric, format); all of them fit into 80 characters
     "step": ("step", "{:>5d}"),
     "reward": ("reward", "{:6.3f}"),
     "solved": ("rewards/answer", "{:6.1%}"),
@@ -31,63 +31,59 @@ COLUMNS = {  # column: (metric, format); 80 characters wide in all
 }
 
 
-class PhaseWatch(Watch):
-    """Watches one phase (a rollout, an update, an evaluation): seconds and counts of its parts, and a bar on a terminal.
+class Progress(NoProgress):
+    """Draws a bar for each phase of a rollout, an update or an evaluation, and measures the phases.
 
-    `check` is called at every advance: the moments at which nothing is half-done, and a signal may end the work.
-    `critical`: from the moment at which the weights begin to change; whoever has noted whose they now are takes it back.
+    check: called at every update, when nothing is half-done; it raises to end the work.
+    seconds: of each phase. counts: the sum of n for each phase, and the sum of each other count.
+    peak_bytes: see peak_bytes(); on a GPU it counts from the moment this object is made.
+    card_bytes: GPU memory in use at the end of a phase, by all programs together; 0 on a CPU.
     """
 
-    def __init__(
-        self, phase: str, check: Callable[[], None] = lambda: None, processes: Alone = ALONE
-    ):
-        self.phase, self.check, self.processes = phase, check, processes
-        self.seconds, self.counts, self.critical = Counter(), Counter(), False
-        self.card_bytes = 0  # in use on the card at the end of a part, by whomever: with the context, graphs and holes
-        self._bar = None
+    def __init__(self, label: str, check: Callable[[], None] = lambda: None, hidden: bool = False):
+        self.label, self.check, self.hidden = label, check, hidden
+        self.seconds, self.counts = Counter(), Counter()
+        self.peak_bytes = self.card_bytes = 0
+        self._phase, self._bar = "", None
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
 
     @contextmanager
-    def part(self, name: str, total: int) -> Iterator[None]:
-        clock, self.critical = time.perf_counter(), self.critical or name == "optimizer"
-        with bar(
-            f"{self.phase}: {name}",
-            total,
-            UNITS.get(name, "answers"),
-            hidden=self.processes.rank > 0,
-        ) as self._bar:
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        self._phase, start = name, time.perf_counter()
+        unit = UNITS.get(name, "answers")
+        with bar(f"{self.label}: {name}", total, unit, hidden=self.hidden) as self._bar:
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-                free, total = torch.cuda.mem_get_info()
-                self.card_bytes = max(self.card_bytes, total - free)
-        self.seconds[name] += time.perf_counter() - clock
+                free, size = torch.cuda.mem_get_info()
+                self.card_bytes = max(self.card_bytes, size - free)
+        self.seconds[name] += time.perf_counter() - start
+        self.peak_bytes = peak_bytes("cuda" if torch.cuda.is_initialized() else "cpu")
 
-    def advance(self, amount: int = 0, **counts: int) -> None:
+    def update(self, n: int = 0, **counts: int) -> None:
+        self.counts.update({self._phase: n})
         self.counts.update(counts)
-        if "row_steps" in counts:  # answers end late; that they grow is seen at once
+        if "row_steps" in counts:  # shows that long answers grow although none has finished
             self._bar.set_postfix_str(f"{self.counts['row_steps']:,} tokens", refresh=False)
-        self._bar.update(amount)
+        self._bar.update(n)
         self.check()
 
 
 @contextmanager
 def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
-    """A bar on a terminal, of which nothing is left at the end, not even the "^C" of whoever ended it."""
-    form, columns = (
-        "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}{postfix} [{elapsed}]",
-        shutil.get_terminal_size().columns,
-    )
+    """A bar on a terminal. At the end its line is empty again, even if Ctrl-C was pressed."""
     shown = tqdm(
         desc=title,
         total=total,
         unit=unit,
-        bar_format=form,
-        ncols=columns - len("^C^C "),
+        bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} {unit}{postfix} [{elapsed}]",
+        ncols=shutil.get_terminal_size().columns - len("^C^C "),
         leave=False,
         miniters=0,
-        disable=hidden or None,
+        disable=hidden or None,  # None: draw it only if stderr is a terminal
     )
-    erase = "" if shown.disable else "\033[K"
+    erase = "" if shown.disable else "\033[K"  # the terminal echoes "^C" behind the bar
     try:
         yield shown
     finally:
@@ -95,41 +91,52 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
         print(erase, end="", file=sys.stderr, flush=True)
 
 
+def peak_bytes(device: str) -> int:
+    """Peak memory: on a GPU what PyTorch allocated since the last reset, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kilobytes = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return kilobytes * getrusage(RUSAGE_SELF).ru_maxrss
+
+
 def printable(text: str) -> str:
-    """Text of whatever origin made safe for a terminal or a page: control, direction and invisible characters spelled out."""
+    """Escape control, direction and invisible characters: a model's text may hold any of them."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
 
 
-def say(line: str = "") -> None:
-    tqdm.write(printable(line))
+def log(text: str = "") -> None:
+    """Print a line to stdout, above the bar if there is one."""
+    tqdm.write(printable(text))
 
 
-def say_last(text: str, *, failed: bool) -> None:
-    """Print, to stderr if the program failed. Where nobody reads any more, nothing comes up again when Python ends."""
-    for stream, line in (
-        (sys.stdout, "" if failed else text),
-        (sys.stderr, text if failed else ""),
-    ):
+def show_error(text: str) -> None:
+    """Print the program's last message to stderr, even if nobody reads its output any more.
+
+    A closed pipe (`train.py | head`) is replaced by the null device. Otherwise Python would
+    report a second error when it flushes the stream at exit.
+    """
+    for stream, message in ((sys.stdout, ""), (sys.stderr, printable(text) + "\n")):
         try:
-            print(printable(line), end="\n" if line else "", file=stream, flush=True)
+            stream.write(message)
+            stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def with_exit_code(command: Callable[[list[str] | None], None]) -> Callable[..., int]:
-    """What a command returns to the shell: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Turn a command into a main(argv) that returns 0, 2 for a user error, or 130 for Ctrl-C."""
 
     @functools.wraps(command)
     def main(argv: list[str] | None = None) -> int:
         try:
             command(argv)
         except (ValueError, OSError) as error:
-            say_last(f"error: {error}", failed=True)
+            show_error(f"error: {error}")
             return 2
         except KeyboardInterrupt:
-            say_last("interrupted", failed=True)
+            show_error("interrupted")
             return 130
         return 0
 
@@ -137,31 +144,25 @@ def with_exit_code(command: Callable[[list[str] | None], None]) -> Callable[...,
 
 
 def heading() -> str:
-    return " ".join(f"{column:>{len(form.format(0))}}" for column, (_, form) in COLUMNS.items())
+    return " ".join(f"{column:>{_width(form)}}" for column, (_, form) in COLUMNS.items())
 
 
-def row(metrics: dict) -> str:
-    """One step; "-" for a metric that it lacks."""
-    cells = (
-        form.format(metrics[name]) if name in metrics else f"{'-':>{len(form.format(0))}}"
+def step_line(metrics: dict) -> str:
+    """The metrics of one step under heading(), with "-" for a missing one; why it was skipped."""
+    cells = [
+        form.format(metrics[name]) if name in metrics else "-".rjust(_width(form))
         for name, form in COLUMNS.values()
-    )
-    return " ".join(cells) + (
-        f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else ""
-    )
+    ]
+    reason = f"\n      no step: {metrics['skipped']}" if metrics.get("skipped") else ""
+    return " ".join(cells) + reason
+
+
+def _width(form: str) -> int:
+    return len(form.format(0))
 
 
 def duration(seconds: float) -> str:
-    """In the unit in which it is easiest to grasp."""
+    """In words, for example "2 minutes"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def peak_bytes(device: str) -> int:
-    """On a GPU the peak since it was last reset; on a CPU the process's so far."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    )

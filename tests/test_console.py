@@ -22,7 +22,10 @@ COLUMNS = 80
 
 
 def on_a_terminal(act, *, keys: bytes = b"") -> str:
-    """All that a process sends to its terminal; once it has sent something, the keys are pressed."""
+    """Run a function in a process with its own terminal; return everything it writes there.
+
+    The keys are pressed as soon as a bar is on the screen.
+    """
     child, terminal = pty.fork()
     if child == 0:
         try:
@@ -33,24 +36,24 @@ def on_a_terminal(act, *, keys: bytes = b"") -> str:
             sys.stdout.flush()
         finally:
             os._exit(0)
-    sent, decoder = "", codecs.getincrementaldecoder("utf-8")()
+    written, decoder = "", codecs.getincrementaldecoder("utf-8")()
     while True:
         try:
-            sent += decoder.decode(os.read(terminal, 65536))
-        except OSError:  # the other end is closed
+            written += decoder.decode(os.read(terminal, 65536))
+        except OSError:  # the process has ended
             break
-        if keys and "tokens" in sent:
+        if keys and "tokens" in written:
             os.write(terminal, keys)
             keys = b""
     os.close(terminal)
     os.waitpid(child, 0)
-    return sent
+    return written
 
 
-def screen(sent: str) -> list[str]:
-    """The lines that stand there in the end, the cursor's the last."""
+def screen(written: str) -> list[str]:
+    """The lines that are on the screen at the end; the last is the line of the cursor."""
     lines, column = [[]], 0
-    for part in re.findall(r"\x1b\[K|.", sent, re.DOTALL):
+    for part in re.findall(r"\x1b\[K|.", written, re.DOTALL):
         if part == "\r":
             column = 0
         elif part == "\n":
@@ -67,8 +70,8 @@ def screen(sent: str) -> list[str]:
     return ["".join(line).rstrip() for line in lines]
 
 
-def decode(*, ended: list[int], until_pressed: bool = False) -> None:
-    """Steps of a decoding phase in each of which so many answers end, 50 milliseconds each."""
+def decode(*, finished: list[int], until_pressed: bool = False) -> None:
+    """Show a decode phase; `finished` says how many answers finish in each of its steps."""
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
 
@@ -76,61 +79,113 @@ def decode(*, ended: list[int], until_pressed: bool = False) -> None:
         if pressed:
             raise InterruptedError
 
-    watch = console.PhaseWatch("evaluation", check)
+    progress = console.Progress("evaluation", check)
     try:
-        with watch.part("decode", 10_000):
+        with progress.phase("decode", 10_000):
             while True:
-                for answers in ended:
-                    time.sleep(0.05)
-                    watch.advance(answers, row_steps=1000)
+                for answers in finished:
+                    time.sleep(0.15)  # tqdm draws at most every 0.1 s
+                    progress.update(answers, row_steps=1000)
                 if not until_pressed:
                     break
     except InterruptedError:
         pass
-    console.say("a line")
+    console.log("a line")
 
 
-# Catches: leave=True; a bar of the terminal's whole width, which the echoed ^C of Ctrl-C pushes up; \033[K left out (^C stays).
-@pytest.mark.parametrize("keys", [b"", b"\x03"], ids=["closed", "interrupted"])
-def test_nothing_is_left_of_a_bar(keys):
-    sent = on_a_terminal(lambda: decode(ended=[1000] * 5, until_pressed=bool(keys)), keys=keys)
-    assert ("^C" in sent) == bool(keys)
-    assert "evaluation: decode |" in sent
-    assert screen(sent) == ["a line", ""]
+# Catches: leave=True; ncols of the full width, where the echoed ^C wraps the line; \033[K left out.
+@pytest.mark.parametrize("keys", [b"", b"\x03"], ids=["finished", "interrupted"])
+def test_a_bar_leaves_nothing_behind(keys):
+    written = on_a_terminal(
+        lambda: decode(finished=[1000] * 3, until_pressed=bool(keys)), keys=keys
+    )
+    assert ("^C" in written) == bool(keys)
+    assert "evaluation: decode |" in written
+    assert screen(written) == ["a line", ""]
 
 
-def test_that_answers_grow_is_seen_before_one_ends_and_when_few_do():
-    # Catches: miniters left to tqdm, which after many answers waits for as many more.
-    sent = on_a_terminal(lambda: decode(ended=[0] * 10 + [500] * 5 + [0] * 10))
-    shown = re.findall(r"(\d+)/10000 answers, ([\d,]+) tokens", sent)
-    for ended in ("0", "2500"):
-        assert len({tokens for answers, tokens in shown if answers == ended}) > 2
-    assert "%" not in sent
+# Catches: miniters left out: tqdm then waits for as many answers as finished before.
+def test_the_bar_shows_growing_answers_while_none_finishes():
+    written = on_a_terminal(lambda: decode(finished=[0] * 4 + [500] * 5 + [0] * 4))
+    shown = re.findall(r"(\d+)/10000 answers, ([\d,]+) tokens", written)
+    for answers in ("0", "2500"):
+        assert len({tokens for finished, tokens in shown if finished == answers}) > 2
 
 
-def test_no_bar_where_nobody_looks(capfd):
-    decode(ended=[1])
+def test_there_is_no_bar_without_a_terminal(capfd):
+    decode(finished=[1])
     assert capfd.readouterr() == ("a line\n", "")
 
 
-def test_what_is_said_steers_no_terminal_and_can_be_printed(capsys):
-    # Catches: printable left out of say or say_last, where names of files and texts of models come by.
-    for say in (console.say, lambda text: console.say_last(text, failed=False)):
-        say("a\x1b[2J\u202e\udcff\nb")
-        assert capsys.readouterr().out == "a\\x1b[2J\\u202e\\udcff\nb\n"
+def test_progress_counts_units_per_phase_and_times_each_phase():
+    checks = []
+    progress = console.Progress("update", lambda: checks.append(True), hidden=True)
+    with progress.phase("gradient", 9):
+        progress.update(5)
+        progress.update(4, row_steps=3)
+    with progress.phase("optimizer", 1):
+        progress.update(1, row_steps=4)
+    assert progress.counts == {"gradient": 9, "optimizer": 1, "row_steps": 7}
+    assert progress.seconds.keys() == {"gradient", "optimizer"}
+    assert len(checks) == 3
+
+
+# Catches: the factor 1024 on macOS, or none on Linux.
+def test_peak_memory_is_in_bytes(monkeypatch):
+    usage = type("usage", (), {"ru_maxrss": 5000})
+    monkeypatch.setattr(console, "getrusage", lambda _: usage)
+    for platform, expected in (("linux", 5000 * 1024), ("darwin", 5000)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert console.peak_bytes("cpu") == expected
+
+
+# Catches: printable left out of log or show_error.
+def test_printed_text_cannot_control_the_terminal(capsys):
+    text, expected = "a\x1b[2J\u202e\udcff\nb", "a\\x1b[2J\\u202e\\udcff\nb\n"
+    console.log(text)
+    assert capsys.readouterr() == (expected, "")
+    console.show_error(text)
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_an_error_is_shown_although_nobody_reads_stdout(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed_pipe:
+        closed_pipe.write("not flushed yet")
+        monkeypatch.setattr(sys, "stdout", closed_pipe)
+        console.show_error("error: x")  # and no BrokenPipeError when the file is closed
+    assert capsys.readouterr().err == "error: x\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 0, ""),
+        (ValueError("x"), 2, "error: x\n"),
+        (FileNotFoundError("x"), 2, "error: x\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_a_command_ends_with_one_message_and_an_exit_code(error, code, message, capsys):
+    @console.with_exit_code
+    def main(argv):
+        if error:
+            raise error
+
+    assert main([]) == code
+    assert capsys.readouterr().err == message
 
 
 def test_the_table_fits_the_terminal():
-    metrics = {name: 1 for name, _ in console.COLUMNS.values()} | {
-        "completions/mean_length": 1234.5,
-        "step": 99_999,
-    }
-    assert len(console.heading()) == len(console.row(metrics)) <= COLUMNS
-    row, reason = console.row({"step": 7, "skipped": "every kept answer has advantage 0"}).split(
-        "\n"
-    )
-    assert len(row) == len(console.heading())
-    assert row.split() == ["7"] + ["-"] * 10
+    names = [name for name, _ in console.COLUMNS.values()]
+    metrics = dict.fromkeys(names, 1) | {"completions/mean_length": 1234.5, "step": 99_999}
+    assert len(console.heading()) == len(console.step_line(metrics)) <= COLUMNS
+    skipped = {"step": 7, "skipped": "every kept answer has advantage 0"}
+    line, reason = console.step_line(skipped).split("\n")
+    assert len(line) == len(console.heading())
+    assert line.split() == ["7"] + ["-"] * 10
+    assert reason.strip() == "no step: every kept answer has advantage 0"
     assert len(reason) <= COLUMNS
 
 
@@ -138,5 +193,5 @@ def test_the_table_fits_the_terminal():
     ("seconds", "words"),
     [(40, "40 s"), (144, "2 minutes"), (5300, "88 minutes"), (9000, "2.5 hours")],
 )
-def test_a_duration_is_in_the_unit_in_which_it_is_grasped(seconds, words):
+def test_a_duration_in_words(seconds, words):
     assert console.duration(seconds) == words
