@@ -1,0 +1,185 @@
+"""The log files of a run: cut at a checkpoint, read again, and shown in TensorBoard."""
+
+import contextlib
+import json
+import math
+import resource
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harness.log import MetricsLine, RunLog, SampleLine, read_log
+
+METRICS, SAMPLES, TIMINGS = "metrics.jsonl", "samples.jsonl", "timings.jsonl"
+SAMPLE = {
+    "kind": "best",
+    "question": "?",
+    "text": "a\x1bb",
+    "reward": 0.1,
+    "parts": {"answer": 1.0},
+    "advantage": 0.5,
+    "length": 2,
+    "finished": True,
+}
+
+
+def write_step(log: RunLog, step: int) -> None:
+    log.write(METRICS, {"step": step, "reward": 0.1 * step, "eval/success": 0.5})
+    log.write(SAMPLES, {"step": step, **SAMPLE})
+    log.write(TIMINGS, {"step": step, "seconds": 2.0 * step})
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """The directory of a closed log of two steps, and its sizes after the first."""
+    log = RunLog(tmp_path, {})
+    write_step(log, 1)
+    sizes = log.sizes()
+    write_step(log, 2)
+    log.close()
+    return tmp_path, sizes
+
+
+def board(directory) -> EventAccumulator:
+    return EventAccumulator(str(directory / "tensorboard")).Reload()
+
+
+def steps_shown(directory, tag: str) -> list[int]:
+    return [event.step for event in board(directory).Scalars(tag)]
+
+
+# Catches: nothing cut; TensorBoard's old file left in place.
+def test_an_interrupted_log_comes_out_the_same(two_steps):
+    directory, sizes = two_steps
+    whole = {path.name: path.read_bytes() for path in directory.glob("*.jsonl")}
+    for _ in range(2):
+        log = RunLog(directory, sizes)
+        write_step(log, 2)
+        log.close()
+    assert {path.name: path.read_bytes() for path in directory.glob("*.jsonl")} == whole
+    for tag in ("metrics/reward", "eval/success", "timings/seconds"):
+        assert steps_shown(directory, tag) == [1, 2]
+
+
+# Catches: a cut at sizes[name] itself, or after the newline that follows it.
+@pytest.mark.parametrize(
+    ("change", "steps"), [(0, [1]), (-1, []), (1, [1]), (10**6, [1, 2])], ids=str
+)
+def test_a_file_is_cut_after_a_whole_line(change, steps, two_steps):
+    directory, sizes = two_steps
+    with open(directory / METRICS, "a") as file:
+        file.write('{"step": 3, "rew')
+    log = RunLog(directory, {name: size + change for name, size in sizes.items()})
+    assert [record["step"] for record in log.read(METRICS)] == steps
+    log.close()
+
+
+def test_a_file_without_a_size_starts_empty(two_steps):
+    directory, sizes = two_steps
+    log = RunLog(directory, {METRICS: sizes[METRICS]})
+    assert [len(log.read(name)) for name in (METRICS, SAMPLES, TIMINGS)] == [1, 0, 0]
+    log.close()
+
+
+# Catches: a shallow replacement, which leaves NaN in `parts`; replacement of the text "NaN".
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    log = RunLog(tmp_path, {})
+    log.write(TIMINGS, {"step": 1, "seconds": math.inf, "memory/update": 0.1})
+    changes = {"text": "NaN", "reward": math.nan, "parts": {"answer": -math.inf}}
+    log.write(SAMPLES, {"step": 1, **SAMPLE, **changes})
+    log.close()
+    timings = '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
+    assert (tmp_path / TIMINGS).read_text() == timings
+    (sample,) = read_log(tmp_path / SAMPLES, SampleLine)
+    assert (sample.text, sample.reward, sample.parts) == ("NaN", None, {"answer": None})
+    assert board(tmp_path).Tags()["scalars"] == ["memory/update"]
+
+
+def test_tensorboard_shows_samples_as_printable_text(two_steps):
+    (first, _) = board(two_steps[0]).Tensors("samples/best/text_summary")
+    (text,) = first.tensor_proto.string_val
+    assert text.decode() == "    ?a\\x1bb\n\n    reward 0.1, advantage 0.5"
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes: the write fails, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Catches: OSError not suppressed in close(); a SummaryWriter, whose thread prints a traceback.
+@pytest.mark.parametrize("file", [METRICS, "tensorboard"])
+def test_a_full_disk_is_one_error(file, two_steps, capfd):
+    directory, sizes = two_steps
+    log = RunLog(directory, sizes)
+    size = sum(f.stat().st_size for f in [directory / METRICS, *(directory / file).glob("*")])
+    with full_disk(size):
+        with pytest.raises(OSError, match="File too large"):
+            write_step(log, 2)
+        log.close()
+    assert capfd.readouterr() == ("", "")
+    RunLog(directory, sizes).close()
+
+
+def test_a_removed_directory_does_not_end_the_run(tmp_path, capfd):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    log = RunLog(directory, {})
+    shutil.rmtree(directory)
+    write_step(log, 1)
+    assert set(log.sizes()) == {METRICS, SAMPLES, TIMINGS}
+    log.close()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- damaged files
+
+DAMAGED_LINES = {
+    "a list": "[1]",
+    "a number": "1",
+    "null": "null",
+    "zero bytes": "\0" * 50,
+    "not JSON": "{",
+    "no step": "{}",
+    "a step that is a word": '{"step": "x"}',
+    "a step too large": '{"step": 1' + 30 * "0" + "}",
+    "too many digits": '{"step": ' + 5000 * "1" + "}",
+    "a part of a wrong type": '{"step": 1, "parts": [1], "reward": [], "eval/success": "much"}',
+    "too deep": 99999 * "[",
+}
+
+
+# Catches: json.loads in place of parse_json; ValidationError not caught.
+@pytest.mark.parametrize("line", DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+@pytest.mark.parametrize("kind", [MetricsLine, SampleLine])
+def test_an_error_names_the_file_and_the_damaged_line(kind, line, tmp_path):
+    good = {"step": 1, **SAMPLE} if kind is SampleLine else {"step": 1}
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2\b") as error:
+        read_log(tmp_path / "x.jsonl", kind)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "remove the line" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Catches: files left open when a kept line is damaged (a ResourceWarning).
+def test_a_log_with_a_damaged_line_is_refused(two_steps):
+    directory, sizes = two_steps
+    (directory / METRICS).write_text("[\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+        RunLog(directory, sizes)
+    assert (directory / METRICS).read_text() == "[\n"
+
+
+def test_an_incomplete_last_line_is_ignored(two_steps, capsys):
+    directory, _ = two_steps
+    with open(directory / METRICS, "a") as file:
+        file.write('{"step": 3, "rew')
+    assert [line.step for line in read_log(directory / METRICS, MetricsLine)] == [1, 2]
+    assert "metrics.jsonl: ignoring the last line, which is incomplete" in capsys.readouterr().out
