@@ -1,11 +1,12 @@
-"""Score models on the held-out questions, ask one a question, and look at the samples of a run.
+"""Score models on held-out questions, ask a model a question, or look at the samples of a run.
 
-    uv run evaluate.py MODEL [MODEL2] [--samples K] [--temperature T] [--json FILE] [--config FILE] [key.path=value ...]
+    uv run evaluate.py MODEL [MODEL2] [--samples K] [--temperature T] [--json FILE]
     uv run evaluate.py MODEL --ask "3 5 7 = 22"
     uv run evaluate.py RUN --show [--step N] [--kind best|worst|longest]
 
-MODEL is a model directory as published, a checkpoint, or a run, which stands for its newest checkpoint. A run and its
-checkpoints bring their own config; for anything else it is config.yaml, unless --config names another.
+MODEL is a model directory in the published format, a checkpoint, or the directory of a run, which
+means its newest checkpoint. The config is that of the run, or config.yaml for any other model;
+--config FILE and key.path=value change it as they do for train.py.
 """
 
 import argparse
@@ -14,133 +15,105 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from data_types import Episode, Reward
-from generate import Sampling, check_length, generate_one, seeded_generator
-from grpo import rollout
+from generate import SamplingParams, check_length, generate_one, seeded_generator
+from grpo import make_question, rollout
 from harness import cpu
-from harness.card import why_no_card
 from harness.checkpoint import COMPLETE, check_files, newest_good
 from harness.config import Config, load_config
-from harness.console import PhaseWatch, printable, say, with_exit_code
-from harness.logs import SampleLine, read_log
-from harness.metrics import UNCOUNTED, compare_models, model_summary
-from harness.tasks import guard_reward, load_problems, load_task, make_question
+from harness.console import Progress, log, printable, with_exit_code
+from harness.cuda import why_no_cuda
+from harness.log import SampleLine, read_log
+from harness.metrics import UNCOUNTED, answer_record, compare_models, model_summary, succeeded
+from harness.rewards import isolated_reward, load_problems, load_task
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-GREEDY = 1e-6  # a temperature at which the likeliest token has all of the probability
+GREEDY = 1e-6  # a temperature so low that the likeliest token has all of the probability
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
 
 
 @with_exit_code
 def main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Score models on held-out questions; a run stands for its newest checkpoint."
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL | key.path=value",
-        help="one or two models; changes to the config",
-    )
-    parser.add_argument(
-        "--config",
-        help="YAML file with the task and its questions (default: that of the run, or config.yaml)",
-    )
-    parser.add_argument(
-        "--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="of sampling; 0: always the likeliest token",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every answer and its outcome there")
-    parser.add_argument(
-        "--ask",
-        metavar="QUESTION",
-        help="let the model answer it; another training.seed, another answer",
-    )
-    parser.add_argument(
-        "--show",
-        action="store_true",
-        help="print the samples of a run; green: positive advantage, red: negative",
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="with --show: the samples of this step alone"
-    )
-    parser.add_argument(
-        "--kind",
-        choices=["best", "worst", "longest"],
-        help="with --show: the samples of this kind alone",
-    )
-    arguments = parser.parse_intermixed_args(argv)
-    overrides = [a for a in arguments.models if "=" in a and not Path(a).exists()]
-    paths = [a for a in arguments.models if a not in overrides]
-    alone = arguments.ask is not None or arguments.show
-    if alone and (arguments.json or arguments.samples != 1):
-        raise ValueError(
-            "--samples and --json belong to the held-out questions; leave them out with --ask or --show"
-        )
-    if not 0 <= arguments.temperature < math.inf:
-        raise ValueError(f"--temperature {arguments.temperature}: wanted 0 or more")
-    if not 1 <= len(paths) <= (1 if alone else 2):
-        wanted = "one for --ask or --show" if alone else "one, or two to compare"
-        raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
-    if arguments.show:
-        show_samples(Path(paths[0]), step=arguments.step, kind=arguments.kind)
-        return None
-    directories, own_configs = zip(*map(locate_model, paths), strict=True)
-    config = load_config(
-        arguments.config or next(filter(None, own_configs), "config.yaml"), overrides
-    )
+    options, paths, overrides = parse_arguments(argv)
+    if options.show:
+        return show_samples(Path(paths[0]), step=options.step, kind=options.kind)
+    directories, run_configs = zip(*map(locate_model, paths), strict=True)
+    known_configs = [path for path in (options.config, *run_configs, "config.yaml") if path]
+    config = load_config(known_configs[0], overrides)
     if config.model.device == "cpu":
         cpu.prepare_process()
-    elif reason := why_no_card():
-        raise ValueError(
-            f"{reason}; add model.device=cpu, or for the model of the tiny run --config config_tiny.yaml"
-        )
+    elif reason := why_no_cuda():
+        raise ValueError(f"{reason}, or for the tiny model --config config_tiny.yaml")
     task, training = load_task(config.task), config.training
-    reward = guard_reward(
-        task.reward_function, timeout=training.reward_timeout, errors=training.reward_errors
+    reward_function = isolated_reward(
+        config.task, timeout=training.reward_timeout, errors=training.reward_errors
     )
-    if arguments.ask is not None:
-        ask(
-            config,
-            task,
-            reward,
-            directories[0],
-            text=arguments.ask,
-            temperature=arguments.temperature,
+    with closing(reward_function):
+        evaluation = Evaluation(config, task, reward_function, options.temperature)
+        if options.ask is not None:
+            evaluation.ask(directories[0], options.ask)
+        else:
+            evaluation.score(directories, options.samples, options.json)
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Returns the options, the paths of models and the overrides of the config."""
+    parser = argparse.ArgumentParser(
+        description="Score models on held-out questions. A run means its newest checkpoint."
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; overrides")
+    add("--config", metavar="FILE", help="default: the config of the run, or config.yaml")
+    add("--samples", type=int, default=1, metavar="K", help="answers per question (default: 1)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0: take the likeliest token")
+    add("--json", metavar="FILE", help="write every answer and the results to this file")
+    add("--ask", metavar="QUESTION", help="print the model's answer; training.seed varies it")
+    add(
+        "--show",
+        action="store_true",
+        help="print samples; green: positive advantage, red: negative",
+    )
+    add("--step", type=int, metavar="N", help="with --show: only this step")
+    add("--kind", choices=["best", "worst", "longest"], help="with --show: only this kind")
+    options = parser.parse_intermixed_args(argv)
+    overrides = [m for m in options.models if "=" in m and not Path(m).exists()]
+    paths = [m for m in options.models if m not in overrides]
+    scores = options.ask is None and not options.show
+    if not 1 <= len(paths) <= (2 if scores else 1):
+        wanted = "one, or two to compare" if scores else "one for --ask or --show"
+        raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
+    if not scores and (options.json or options.samples != 1):
+        raise ValueError("--samples and --json need held-out questions; leave out --ask and --show")
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples}: wanted at least 1")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature {options.temperature}: wanted 0 or more")
+    if options.json and not Path(options.json).parent.is_dir():
+        folder = Path(options.json).parent
+        raise FileNotFoundError(
+            f"--json {options.json}: directory {folder} does not exist; make it"
         )
-    else:
-        score(
-            config,
-            task,
-            reward,
-            directories,
-            samples=arguments.samples,
-            temperature=arguments.temperature,
-            json_path=arguments.json,
-        )
+    return options, paths, overrides
 
 
 def locate_model(path: str) -> tuple[Path, Path | None]:
-    """The model directory that a path stands for, and the config of the run it comes from, if it comes from one."""
+    """The model directory that a path means, and the config of its run if it belongs to one."""
     directory = Path(path)
     if not (directory / "config.json").exists():
         found = newest_good(directory / "checkpoints")
         if found is None:
             raise FileNotFoundError(
-                f"{path} is neither a model directory (it has no config.json) nor a run with a checkpoint yet"
+                f"{path} is neither a model directory (it has no config.json) nor a run that has a "
+                "checkpoint; check the path"
             )
         return found[0], directory / "config.yaml"
     if (directory / COMPLETE).exists():
@@ -148,107 +121,115 @@ def locate_model(path: str) -> tuple[Path, Path | None]:
             check_files(directory)
         except ValueError as error:
             raise ValueError(
-                f"{path} is damaged: {error}; name its run, which has others, or remove {COMPLETE} if you changed the "
-                "files yourself"
+                f"{path} is damaged: {error}; use another checkpoint, or remove {COMPLETE} if you "
+                "changed the files yourself"
             ) from None
-    return (
-        directory,
-        directory.parent.parent / "config.yaml" if directory.parent.name == "checkpoints" else None,
-    )
+    in_run = directory.parent.name == "checkpoints"
+    return directory, directory.parent.parent / "config.yaml" if in_run else None
 
 
-def load_model(config: Config, directory: Path) -> tuple[Transformer, Tokenizer]:
-    dtype = getattr(torch, config.model.dtype)
-    return Transformer.from_pretrained(
-        directory, device=config.model.device, dtype=dtype
-    ), Tokenizer.from_pretrained(directory)
+@dataclass(frozen=True)
+class Evaluation:
+    """What all questions to all models have in common."""
 
+    config: Config
+    task: ModuleType
+    reward_function: Callable[..., Reward]
+    temperature: float
 
-# ---------------------------------------------------------------- held-out questions
-
-
-def score(
-    config: Config,
-    task: ModuleType,
-    reward_function: Callable[..., Reward],
-    directories: tuple[Path, ...],
-    *,
-    samples: int,
-    temperature: float,
-    json_path: str | None,
-) -> None:
-    """Print a table of the models, each answering with the random numbers of train.py's evaluations."""
-    if samples < 1:
-        raise ValueError(f"--samples {samples}: wanted at least 1")
-    if json_path and not Path(json_path).parent.is_dir():
-        raise FileNotFoundError(
-            f"--json {json_path}: there is no directory {Path(json_path).parent}; make it first"
+    def load(self, directory: Path) -> tuple[Transformer, Tokenizer]:
+        model = self.config.model
+        dtype = getattr(torch, model.dtype)
+        return (
+            Transformer.from_pretrained(directory, device=model.device, dtype=dtype),
+            Tokenizer.from_pretrained(directory),
         )
-    _, problems = load_problems(task, config.data)
-    answers = []
-    for directory in directories:
-        model, tokenizer = load_model(config, directory)
-        questions = [make_question(task, problem, tokenizer) for problem in problems]
+
+    # ------------------------------------------------------------ held-out questions
+
+    def score(self, directories: Sequence[Path], samples: int, json_path: str | None) -> None:
+        """Print a table with one column per model; write every answer to json_path."""
+        _, problems = load_problems(self.task, self.config.data)
+        answers = [self.answer(directory, problems, samples) for directory in directories]
+        part_names = {name for episodes in answers for e in episodes for name in e.reward.parts}
+        if not part_names & {"answer", "error"}:
+            log(f"warning: {UNCOUNTED}")
+        kinds = [getattr(self.task, "problem_kind", lambda _: "")(p) for p in problems]
+        summaries = [
+            {"model": str(directory), **model_summary(episodes, kinds)}
+            for directory, episodes in zip(directories, answers, strict=True)
+        ]
+        comparison = compare_models(*answers) if len(answers) == 2 else None
+        how = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        counted = f"{len(problems)} held-out questions, answers to each: {samples}"
+        print(f"{self.config.task}: {counted}, {how}\n{table(summaries)}")
+        if comparison:
+            print(comparison_line(comparison))
+        if json_path:
+            for summary, episodes in zip(summaries, answers, strict=True):
+                summary["answers"] = [report_record(e, problems) for e in episodes]
+            report = {
+                "task": self.config.task,
+                "temperature": self.temperature,
+                "models": summaries,
+                "comparison": comparison,
+            }
+            text = json.dumps(report, default=str) + "\n"
+            Path(json_path).write_text(text, encoding="utf-8")
+
+    def answer(self, directory: Path, problems: Sequence[dict], samples: int) -> list[Episode]:
+        """Sample answers with the random numbers that train.py's evaluations use."""
+        model, tokenizer = self.load(directory)
+        questions = [make_question(self.task, problem, tokenizer) for problem in problems]
         with cpu.packed_for_decoding(model, len(questions) * samples):
-            answers.append(
-                rollout(
-                    model,
-                    tokenizer,
-                    questions,
-                    num_answers=samples,
-                    max_gen_len=config.training.max_gen_len,
-                    temperature=max(temperature, GREEDY),
-                    reward_function=reward_function,
-                    generator=seeded_generator(config.training.seed, "evaluation"),
-                    watch=PhaseWatch(str(directory)),
-                )
+            return rollout(
+                model,
+                tokenizer,
+                questions,
+                num_answers=samples,
+                max_gen_len=self.config.training.max_gen_len,
+                temperature=max(self.temperature, GREEDY),
+                reward_function=self.reward_function,
+                generator=seeded_generator(self.config.training.seed, "evaluation"),
+                progress=Progress(str(directory)),
             )
-    if not any(
-        episode.reward.parts.keys() & {"answer", "error"}
-        for episodes in answers
-        for episode in episodes
-    ):
-        say(f"warning: {UNCOUNTED}")
-    kinds = [getattr(task, "problem_kind", lambda problem: "")(problem) for problem in problems]
-    summaries = [
-        {"model": str(d), **model_summary(episodes, kinds)}
-        for d, episodes in zip(directories, answers, strict=True)
-    ]
-    comparison = compare_models(*answers) if len(answers) == 2 else None
-    how = f"at temperature {temperature:g}" if temperature else "greedy"
-    print(
-        f"{config.task}: {len(problems)} held-out questions, answers to each: {samples}, {how}\n{table(summaries)}"
-    )
-    if comparison:
-        print(
-            "difference {difference:+.1%}: better on {questions_better} questions, worse on {questions_worse}, "
-            "p = {p:.2g} (exact paired test)".format(**comparison)
-        )
-    if json_path:
-        for summary, episodes in zip(summaries, answers, strict=True):
-            summary["answers"] = [answer_record(episode, problems) for episode in episodes]
-        report = {
-            "task": config.task,
-            "temperature": temperature,
-            "models": summaries,
-            "comparison": comparison,
-        }
-        Path(json_path).write_text(json.dumps(report, default=str) + "\n", encoding="utf-8")
+
+    # ------------------------------------------------------------ one question
+
+    def ask(self, directory: Path, text: str) -> None:
+        """Print the model's answer token by token, then its reward."""
+        if not hasattr(self.task, "parse_question"):
+            raise ValueError(
+                f"--ask: task={self.config.task} has no parse_question(text) -> problem; add that "
+                "function to the file of the task"
+            )
+        problem = self.task.parse_question(text)
+        model, tokenizer = self.load(directory)
+        question = make_question(self.task, problem, tokenizer)
+        prompt, training = question.prompt_token_ids, self.config.training
+        max_gen_len, temperature = training.max_gen_len, max(self.temperature, GREEDY)
+        check_length(model.config, len(prompt), max_gen_len, "the prompt")
+        params = SamplingParams(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
+        uniforms_G = torch.rand(max_gen_len, generator=seeded_generator(training.seed, "ask"))
+        print(question.prompt.rpartition("\n")[2], end="", flush=True)
+        with cpu.packed_for_decoding(model, 1):
+            tokens = generate_one(model, prompt, params, uniforms_G)
+            answer, finished = print_tokens(tokens, tokenizer)
+        reward = self.reward_function(answer, **problem)
+        cut_off = "" if finished else f"; cut off after {max_gen_len} tokens (training.max_gen_len)"
+        print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
 
 
 def table(summaries: list[dict]) -> str:
-    """One column a model."""
-    columns = [list(cells(summaries[0])), *(list(cells(summary).values()) for summary in summaries)]
+    """One row per figure, one column per model."""
+    figures = [figures_of(summary) for summary in summaries]
+    columns = [list(figures[0]), *(list(column.values()) for column in figures)]
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
-    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
 
 
-def cells(summary: dict) -> dict[str, str]:
-    """What the table says of a model, by the name of its row."""
-
-    def success(part: dict) -> str:
-        return f"{part['success']:.1%} ({part['success_low']:.1%} … {part['success_high']:.1%})"
-
+def figures_of(summary: dict) -> dict[str, str]:
+    """A model's column of the table."""
     kinds = summary["by_kind"] if len(summary["by_kind"]) > 1 else {}
     return {
         "": summary["model"],
@@ -264,103 +245,83 @@ def cells(summary: dict) -> dict[str, str]:
     }
 
 
-def answer_record(episode: Episode, problems: list[dict]) -> dict:
-    """One answer in the JSON file: all that the figures are counted from."""
+def success(part: dict) -> str:
+    return f"{part['success']:.1%} ({part['success_low']:.1%} … {part['success_high']:.1%})"
+
+
+def comparison_line(comparison: dict) -> str:
+    return (
+        "difference {difference:+.1%}: better on {questions_better} questions, worse on "
+        "{questions_worse}, p = {p:.2g} (exact paired test)".format(**comparison)
+    )
+
+
+def report_record(episode: Episode, problems: Sequence[dict]) -> dict:
+    """One answer in the JSON file; the reported figures can be computed from these."""
     return {
         "question": episode.question_id,
         "problem": problems[episode.question_id],
-        "text": episode.text,
-        "success": episode.reward.parts.get("answer", 0.0) == 1.0,
-        "reward": episode.reward.total,
-        "parts": episode.reward.parts,
-        "length": len(episode.response_token_ids),
-        "finished": episode.is_finished,
+        "success": succeeded(episode),
+        **answer_record(episode),
     }
 
 
-# ---------------------------------------------------------------- one question, and the samples of a run
-
-
-def ask(
-    config: Config,
-    task: ModuleType,
-    reward_function: Callable[..., Reward],
-    directory: Path,
-    *,
-    text: str,
-    temperature: float,
-) -> None:
-    """Print the model's answer to a question token by token, then what the task makes of it."""
-    if not hasattr(task, "parse_question"):
-        raise ValueError(
-            f"--ask: task={config.task} has no parse_question(text) -> problem; add that function to the task's file"
-        )
-    problem = task.parse_question(text)
-    model, tokenizer = load_model(config, directory)
-    question = make_question(task, problem, tokenizer)
-    check_length(model.config, len(question.prompt_token_ids), config.training.max_gen_len)
-    sampling = Sampling(
-        config.training.max_gen_len,
-        max(temperature, GREEDY),
-        tokenizer.vocab_size,
-        tokenizer.stop_ids,
-    )
-    uniforms_G = torch.rand(
-        sampling.max_gen_len, generator=seeded_generator(config.training.seed, "ask")
-    )
-    print(question.prompt.rpartition("\n")[2], end="", flush=True)
-    cut_off = f"; cut off after {sampling.max_gen_len} tokens (training.max_gen_len)"
-    ids, answer, printed = [], "", 0
-    with cpu.packed_for_decoding(model, 1):
-        for token_id in generate_one(model, question.prompt_token_ids, sampling, uniforms_G):
-            if token_id in tokenizer.stop_ids:
-                cut_off = ""
-                break
-            ids.append(token_id)
-            answer = tokenizer.decode(ids)
-            whole = answer.rstrip(
-                "\N{REPLACEMENT CHARACTER}"
-            )  # of the last character not all bytes may be there yet
-            print(printable(whole[printed:]), end="", flush=True)
-            printed = len(whole)
+def print_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool]:
+    """Print an answer while it is generated. Returns its text and whether it ended by itself."""
+    ids, answer, printed, finished = [], "", 0, False
+    for token_id in tokens:
+        if token_id in tokenizer.stop_ids:
+            finished = True
+            break
+        ids.append(token_id)
+        answer = tokenizer.decode(ids)
+        # The last character may lack bytes that only the next token brings.
+        complete = answer.rstrip("\N{REPLACEMENT CHARACTER}")
+        print(printable(complete[printed:]), end="", flush=True)
+        printed = len(complete)
     print(printable(answer[printed:]))
-    reward = reward_function(answer, **problem)
-    print(f"\n{describe(reward.total, reward.parts)}{cut_off}")
+    return answer, finished
 
 
 def describe(reward: float | None, parts: dict[str, float | None]) -> str:
-    """None stands for a number that is not finite."""
-    total, *others = (
-        f"{name} {math.nan if value is None else value:g}"
-        for name, value in (("reward", reward), *parts.items())
-    )
-    return f"{total} ({', '.join(others)})"
+    """For example "reward 1.1 (answer 1, format 1)". None means a number that was not finite."""
+    texts = {n: f"{math.nan if v is None else v:g}" for n, v in parts.items()}
+    total = math.nan if reward is None else reward
+    return f"reward {total:g} ({', '.join(f'{name} {text}' for name, text in texts.items())})"
+
+
+# ---------------------------------------------------------------- the samples of a run
 
 
 def show_samples(run: Path, *, step: int | None, kind: str | None) -> None:
-    """Print a run's samples, each question once where several follow it."""
-    coloured, shown = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), None
-    for sample in read_log(run / "samples.jsonl", SampleLine):
-        if step not in (None, sample.step) or kind not in (None, sample.kind):
-            continue
+    """Print a run's samples; a question is printed once if several of its answers follow."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    samples = [
+        sample
+        for sample in read_log(run / "samples.jsonl", SampleLine)
+        if step in (None, sample.step) and kind in (None, sample.kind)
+    ]
+    if not samples:
+        raise ValueError(f"{run} has no sample of that step and kind; leave out --step or --kind")
+
+    def show(text: str, colour: str) -> None:
+        print(f"{colour}{printable(text)}\033[0m" if coloured and colour else printable(text))
+
+    question = None
+    for sample in samples:
         advantage = math.nan if sample.advantage is None else sample.advantage
-        colour = GREEN if advantage > 0 else RED if advantage < 0 else ""
-        head = (
-            f"step {sample.step}, {sample.kind}: {describe(sample.reward, sample.parts)}; advantage {advantage:+.2f}, "
-            f"{sample.length} tokens{'' if sample.finished else ', cut off'}"
+        show(
+            f"step {sample.step}, {sample.kind}: {describe(sample.reward, sample.parts)}; "
+            f"advantage {advantage:+.2f}, {sample.length} tokens"
+            f"{'' if sample.finished else ', cut off'}",
+            "",
         )
-        for paint, text in (
-            ("", head),
-            (DIM, sample.question if sample.question != shown else ""),
-            (colour, sample.text + "\n"),
-        ):
-            if text:
-                print(f"{paint}{printable(text)}\033[0m" if coloured and paint else printable(text))
-        shown = sample.question
-    if shown is None:
-        raise ValueError(f"{run} holds no sample of that step and kind")
+        if sample.question != question:
+            show(sample.question, DIM)
+        show(sample.text + "\n", GREEN if advantage > 0 else RED if advantage < 0 else "")
+        question = sample.question
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --show | head` ends quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `evaluate.py RUN --show | head`
     sys.exit(main())
