@@ -54,6 +54,8 @@ def test_an_interrupted_log_comes_out_the_same(two_steps):
     directory, sizes = two_steps
     whole = {path.name: path.read_bytes() for path in directory.glob("*.jsonl")}
     for _ in range(2):
+        for file in (directory / "tensorboard").iterdir():
+            file.rename(file.with_name("events.out.tfevents.1"))  # as if it were from long ago
         log = RunLog(directory, sizes)
         write_step(log, 2)
         log.close()
@@ -72,6 +74,7 @@ def test_a_file_is_cut_after_a_whole_line(change, steps, two_steps):
         file.write('{"step": 3, "rew')
     log = RunLog(directory, {name: size + change for name, size in sizes.items()})
     assert [record["step"] for record in log.read(METRICS)] == steps
+    assert (directory / METRICS).read_text()[-1:] in ("\n", "")
     log.close()
 
 
