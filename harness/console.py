@@ -43,10 +43,11 @@ class Progress(NoProgress):
     def __init__(self, label: str, check: Callable[[], None] = lambda: None, hidden: bool = False):
         self.label, self.check, self.hidden = label, check, hidden
         self.seconds, self.counts = Counter(), Counter()
-        self.peak_bytes = self.card_bytes = 0
+        self.card_bytes = 0
         self._phase, self._bar = "", None
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
+        self.peak_bytes = peak_bytes("cuda" if torch.cuda.is_initialized() else "cpu")
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:

@@ -130,6 +130,10 @@ def test_progress_counts_units_per_phase_and_times_each_phase():
     assert len(checks) == 3
 
 
+def test_a_skipped_update_without_any_phase_still_has_its_peak_memory():
+    assert console.Progress("update", hidden=True).peak_bytes > 2**20
+
+
 # Catches: the factor 1024 on macOS, or none on Linux.
 def test_peak_memory_is_in_bytes(monkeypatch):
     usage = type("usage", (), {"ru_maxrss": 5000})
