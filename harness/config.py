@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from harness.tasks import load_task
+from harness.rewards import load_task
 from published_format import read_text
 
 MAX_BYTES = 10**5  # of a config file

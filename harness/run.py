@@ -22,7 +22,7 @@ import gpu
 from data_types import ALONE, Episode, Question, UpdateStats
 from flat import flat_weights, norm
 from generate import check_length
-from grpo import episode_advantages
+from grpo import draw_problems, episode_advantages, make_question
 from harness import console, cpu
 from harness.card import check_card, is_out_of_memory, why_no_card
 from harness.check import check
@@ -33,7 +33,7 @@ from harness.metrics import evaluation_metrics, pick_samples, smells, step_metri
 from harness.output import Nowhere, OutputDirectory
 from harness.parallel import Parting, Processes
 from harness.plan import GIB, absent_model, find_shape, make_plan
-from harness.tasks import draw_problems, guard_reward, load_problems, load_task, make_question
+from harness.rewards import isolated_reward, load_problems, load_task
 from optimizer import AdamW
 from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
@@ -204,11 +204,10 @@ class Run:
         _prepare_process(config)
         self.config, self.task = config, load_task(config.task)
         self._ask_for_what_is_missing()
-        self.reward = guard_reward(
-            self.task.reward_function,
+        self.reward = isolated_reward(
+            config.task,
             timeout=config.training.reward_timeout,
             errors=config.training.reward_errors,
-            closes=self.output.descriptors(),
         )
         self.closing.callback(self.reward.close)
         self._make_plan(

@@ -9,8 +9,8 @@ import torch
 import evaluate
 import train
 from examples import gsm8k_task
-from grpo import rollout
-from harness.tasks import load_task, make_question
+from grpo import make_question, rollout
+from harness.rewards import load_task
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 

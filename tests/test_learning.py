@@ -6,10 +6,9 @@ import torch
 
 import countdown_task
 from generate import seeded_generator
-from grpo import rollout, update_policy
+from grpo import make_question, rollout, update_policy
 from harness.config import load_config
 from harness.metrics import compare_models
-from harness.tasks import make_question
 from optimizer import AdamW
 from qwen2_model import Transformer
 from tokenizer import Tokenizer

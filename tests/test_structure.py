@@ -45,8 +45,8 @@ ALLOWED = {
     "harness.output": {"harness.config", "harness.console", "harness.logs"},
     "harness.parallel": {"data_types", "gpu", "harness.plan"},
     "harness.metrics": {"data_types"},
-    "harness.tasks": {"harness.console", "data_types", "generate", "tokenizer"},
-    "harness.config": {"harness.tasks", "published_format"},
+    "harness.rewards": {"harness.console", "data_types"},
+    "harness.config": {"harness.rewards", "published_format"},
     "harness.plan": {"harness.config", "harness.cpu", "gpu", "grpo", "optimizer", "qwen2_model"},
     "harness.cuda": {"harness.config", "harness.plan", "gpu"},
     "harness.run": {
@@ -59,7 +59,7 @@ ALLOWED = {
         "harness.output",
         "harness.parallel",
         "harness.plan",
-        "harness.tasks",
+        "harness.rewards",
         "data_types",
         "flat",
         "generate",
@@ -74,7 +74,7 @@ ALLOWED = {
         "generate",
         "grpo",
         "harness.run",
-        "harness.tasks",
+        "harness.rewards",
         "optimizer",
         "qwen2_model",
         "tokenizer",
@@ -87,7 +87,7 @@ ALLOWED = {
         "harness.cuda",
         "harness.logs",
         "harness.metrics",
-        "harness.tasks",
+        "harness.rewards",
         "data_types",
         "generate",
         "grpo",
@@ -269,8 +269,8 @@ def test_no_text_is_run_as_code(name):
                 f"{name}.py:{call.lineno}: torch.load runs code from the file unless weights_only=True"
             )
         if ast.unparse(call.func) in ("importlib.import_module", "import_module"):
-            assert name == "harness.tasks", (
-                f"{name}.py:{call.lineno}: only tasks.py imports by name"
+            assert name == "harness.rewards", (
+                f"{name}.py:{call.lineno}: only rewards.py imports by name"
             )
         if ast.unparse(call.func) == "yaml.load":
             assert ast.unparse(call.args[1]) == "_Loader", (

@@ -1,0 +1,315 @@
+"""Load a task, and run its reward function in a separate process.
+
+A task is a module that the config names (`task: countdown_task`), with these functions:
+
+    load_problems(data) -> (train, test)                two sequences of dicts; data: config.data
+    render_prompt(problem: dict, tokenizer) -> str      the prompt, with the start of the answer
+    reward_function(response: str, **problem) -> Reward the score of the model's continuation
+    parse_question(text: str) -> dict                   optional: for evaluate.py --ask
+    problem_kind(problem: dict) -> str                  optional: evaluate.py reports each kind
+"""
+
+import atexit
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+from data_types import Reward
+from harness.console import printable
+
+FUNCTIONS = ("load_problems", "render_prompt", "reward_function")
+MAX_NUMBER = 1e6  # a finite reward beyond this is a bug in the task
+MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may allocate
+MAX_REPLY = 2**20  # bytes
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def load_task(name: str) -> ModuleType:
+    """Import a task by its module name.
+
+    Raises ValueError if it does not exist, if its import fails, or if it lacks a function.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"task={name!r} is not a module name; write countdown_task for countdown_task.py"
+        )
+    try:
+        task = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"task={name!r}: {error}; put its file in this directory and leave out the .py"
+            ) from None
+        raise ValueError(
+            f"task={name!r} cannot be imported: {type(error).__name__}: {error!s:.300} "
+            f"({_import_error_line(error)})"
+        ) from None
+    if missing := [f for f in FUNCTIONS if not callable(getattr(task, f, None))]:
+        raise ValueError(
+            f"task={name!r} lacks {', '.join(missing)}; harness/rewards.py describes each function"
+        )
+    if not isinstance(getattr(task, "Data", BaseModel), type(BaseModel)):
+        raise ValueError(
+            f"task={name!r}: Data must be a pydantic BaseModel that declares the keys of the "
+            "config's section data"
+        )
+    return task
+
+
+def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The task's training and held-out problems.
+
+    Raises ValueError if there are none, or if the reward function does not accept their keys.
+    """
+    loaded = task.load_problems(data)
+    try:
+        train, test = loaded
+        sizes = {"training": len(train), "held-out": len(test)}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"task={task.__name__!r}: load_problems returned {loaded!r:.100}; it must return two "
+            "lists of problems"
+        ) from None
+    for kind, problems in (("training", train), ("held-out", test)):
+        if not sizes[kind]:
+            raise ValueError(
+                f"task={task.__name__!r} has no {kind} problems; give it more data or change "
+                "data.test_size"
+            )
+        try:
+            inspect.signature(task.reward_function).bind("the response", **problems[0])
+        except TypeError as error:
+            raise ValueError(
+                f"task={task.__name__!r}: reward_function cannot be called with a response and the "
+                f"keys of the {kind} problem {problems[0]!r:.300} ({error}); give it one parameter "
+                "for each key"
+            ) from None
+    return train, test
+
+
+class IsolatedReward:
+    """A task's reward function in a worker process; see isolated_reward."""
+
+    def __init__(self, task_name: str, timeout: float, errors: str):
+        self.task_name, self.timeout, self.errors = task_name, timeout, errors
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__, task_name])
+        _start_forkserver()
+        self._worker = None
+        # A worker ignores SIGTERM, so multiprocessing would wait for it when the program exits.
+        atexit.register(self.close)
+
+    def __call__(self, response: str, /, **problem) -> Reward:
+        try:
+            request = pickle.dumps((response, problem))
+        except Exception as error:
+            outcome = f"cannot be sent its problem: {error!r:.300}"
+        else:
+            outcome = self._ask_worker(request)
+        if not isinstance(outcome, str):
+            return Reward(*outcome)
+        if self.errors == "zero":
+            return Reward(0.0, {"error": 1.0})
+        raise ValueError(
+            f"the reward function {outcome}. The question was {problem!r:.300} and the answer "
+            f"{response!r:.300}. Fix the function, or set training.reward_errors=zero to score "
+            "such answers 0"
+        )
+
+    def close(self) -> None:
+        """End the worker and everything it started. A later call starts a new worker."""
+        atexit.unregister(self.close)
+        if self._worker is not None:
+            self._kill_worker()
+
+    def _ask_worker(self, request: bytes) -> list | str:
+        """Return [total, parts], or a text that says what went wrong."""
+        if self._worker is None:
+            self._start_worker()
+        worker, answered = self._worker, False
+        try:
+            self._connection.send_bytes(request)
+            if not self._connection.poll(self.timeout):
+                return (
+                    f"took longer than {self.timeout:g} s ({self._line}); make it faster or raise "
+                    "training.reward_timeout"
+                )
+            # JSON rather than pickle: unpickling what foreign code sends would run it here.
+            outcome = json.loads(self._connection.recv_bytes(MAX_REPLY))
+            answered = True
+            return outcome
+        except (EOFError, OSError, ValueError):
+            self._kill_worker()
+            return f"ended its process with exit code {worker.exitcode} ({self._line})"
+        finally:
+            if not answered and self._worker is not None:  # also after Ctrl-C
+                self._kill_worker()
+
+    def _start_worker(self) -> None:
+        _start_forkserver()
+        self._connection, theirs = self._context.Pipe()
+        # Not daemon=True: a daemon may not use multiprocessing, and some tasks do.
+        self._worker = self._context.Process(
+            target=_serve, args=(theirs, self.task_name, self.timeout)
+        )
+        try:
+            self._worker.start()  # imports train.py once more, which takes 0.1 s and does no harm
+            theirs.close()
+            self._line = json.loads(self._connection.recv_bytes(MAX_REPLY))
+        except (EOFError, OSError) as error:
+            raise ChildProcessError(
+                f"cannot start a process for the reward function of task={self.task_name!r}: "
+                f"{error!r}"
+            ) from None
+
+    def _kill_worker(self) -> None:
+        with contextlib.suppress(OSError):  # it has not made its process group yet, or is gone
+            os.killpg(self._worker.pid, signal.SIGKILL)
+        self._worker.kill()
+        self._worker.join()
+        self._connection.close()
+        self._worker = None
+
+
+def isolated_reward(task_name: str, *, timeout: float, errors: str) -> IsolatedReward:
+    """Return the task's reward function in a form that no bug of the task can stop or corrupt.
+
+    The function runs in a worker process, which is killed and replaced if the function takes more
+    than `timeout` seconds for an answer or ends its process. If it does so, raises, allocates more
+    than MAX_MEMORY (Linux only) or returns something other than a Reward, errors="zero" scores the
+    answer 0 with the part "error", and errors="stop" raises ValueError naming the question, the
+    answer, the line and the fix. A total that is not finite passes: the update reports it.
+
+    Call this early: it starts a server process that imports the task in the background, about as
+    long as importing torch takes, and forks the workers from then on. close() ends the worker.
+    """
+    return IsolatedReward(task_name, timeout, errors)
+
+
+def _start_forkserver() -> None:
+    """Start the server process if it is not running."""
+    resource_tracker.ensure_running()  # would unblock the signals if it came later
+    # The server and its workers inherit the mask. Ctrl-C and the like are only for the run.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _serve(connection: Connection, task_name: str, timeout: float) -> None:
+    """Score answers until the run closes its end of the connection."""
+    os.setsid()  # a process group that can be killed with everything the task starts
+    for signum in SIGNALS:
+        signal.signal(signum, lambda *_: None)  # programs inherit SIG_IGN but not a handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    sys.stdout, sys.stderr = _PrintableStream(sys.stdout), _PrintableStream(sys.stderr)
+    reward_function = load_task(task_name).reward_function
+    _limit_memory()
+    connection.send_bytes(json.dumps(_line_in_task(reward_function)).encode())
+    pid = os.getpid()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            request = connection.recv_bytes()
+            # If the run is killed while the function hangs, the kernel ends this process.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
+            try:
+                response, problem = pickle.loads(request)
+                reply = _as_numbers(reward_function(response, **problem))
+                if isinstance(reply, str):
+                    reply = f"{printable(reply)[:400]} ({_line_in_task(reward_function)})"
+            except BaseException as error:
+                line = _line_in_task(reward_function, error)
+                reply = f"raised {printable(repr(error))[:300]} ({line})"
+            if os.getpid() != pid:
+                break  # a copy of this process, forked by the function
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(json.dumps(reply).encode())
+    os._exit(0)  # do not wait for threads that the task has left behind
+
+
+def _limit_memory() -> None:
+    """Let the function get a MemoryError before the kernel looks for a process to kill."""
+    if sys.platform == "linux":
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        with contextlib.suppress(ValueError):  # the hard limit is lower already
+            resource.setrlimit(resource.RLIMIT_DATA, (held + MAX_MEMORY, hard))
+
+
+class _PrintableStream(io.TextIOBase):
+    """Shows what a task prints at once, without characters that control the terminal."""
+
+    def __init__(self, stream: io.TextIOBase):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # nobody reads any more: no reason to fail an answer
+            self._stream.write(printable(text))
+            self._stream.flush()
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def _as_numbers(reward: Any) -> tuple[float, dict[str, float]] | str:
+    """The total and the parts as floats for JSON, or a text that says what is wrong with them.
+
+    Anything that can be added to a float is a number, NumPy's included.
+    """
+    if not isinstance(reward, Reward):
+        total = reward if isinstance(reward, int | float) else "total"
+        return (
+            f"returned {reward!r:.100}, not a Reward; write "
+            f'return Reward({total}, {{"answer": {total}}})'
+        )
+    if not isinstance(reward.parts, dict) or not all(
+        isinstance(name, str) and name.isprintable() for name in reward.parts
+    ):
+        return f"returned {reward!r:.100}; parts must be a dict whose keys are printable strings"
+    try:
+        total, *parts = (float(number + 0.0) for number in (reward.total, *reward.parts.values()))
+    except TypeError:
+        return f"returned {reward!r:.100}; the total and every part must be a number"
+    if any(MAX_NUMBER < abs(number) < math.inf for number in (total, *parts)):
+        return f"returned {reward!r:.100}; no number may be beyond {MAX_NUMBER:g}"
+    return total, dict(zip(reward.parts, parts, strict=True))
+
+
+def _line_in_task(reward_function: Callable, error: BaseException | None = None) -> str:
+    """file:line where the task raised the error, or without an error where the function begins."""
+    code = getattr(reward_function, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    own = [frame for frame in frames if code is None or frame.filename == code.co_filename]
+    if own:
+        return f"{own[-1].filename}:{own[-1].lineno}"
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else printable(repr(reward_function))
+
+
+def _import_error_line(error: BaseException) -> str:
+    """file:line at which an import failed."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
+    return f"{frame.filename}:{frame.lineno}"
