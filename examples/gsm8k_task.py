@@ -1,8 +1,9 @@
-"""Word problems with a number for an answer, as in GSM8K (Cobbe et al. 2021, arXiv:2110.14168): a task in one file.
+"""Word problems whose answer is a number, as in GSM8K (Cobbe et al. 2021, arXiv:2110.14168).
 
     uv run train.py --config examples/config_gsm8k.yaml
 
-data.path is a .jsonl file of {"question": …, "answer": …}; the answer is a number, or a text that ends in "#### number".
+data.path is a .jsonl file of {"question": ..., "answer": ...}. An answer is a number, or text that
+ends in "#### number".
 """
 
 import re
@@ -13,8 +14,8 @@ from data_types import Reward
 from published_format import read_rows
 
 INSTRUCTION = (
-    "{question}\n\nReason between <think> and </think>, then give only the final number between <answer> and </answer>, "
-    "for example <answer>42</answer>."
+    "{question}\n\nReason between <think> and </think>, then give only the final number between "
+    "<answer> and </answer>, for example <answer>42</answer>."
 )
 RESPONSE_PREFIX = "Let me solve this step by step.\n<think>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -22,27 +23,27 @@ NUMBER = re.compile(r"[-+]?([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})(\.[0-9]{0,30
 
 
 def load_problems(data) -> tuple[list[dict], list[dict]]:
-    """Training and held-out problems, {"question": str, "number": Decimal} each; the last data.test_size rows are held out.
+    """Return training and held-out problems, each {"question": str, "number": Decimal}.
 
-    Raises FileNotFoundError or ValueError naming the file, the row and the remedy.
+    The last data.test_size rows are held out. A held-out question is never trained on.
+    Raises FileNotFoundError or ValueError naming the file, the row and the fix.
     """
     remedy = (
-        "take grade_school_math/data/train.jsonl from https://github.com/openai/grade-school-math, or any .jsonl of "
-        '{"question": "…", "answer": "… #### 42"}'
+        "take grade_school_math/data/train.jsonl from "
+        "https://github.com/openai/grade-school-math, or any .jsonl file with lines like "
+        '{"question": "...", "answer": "... #### 42"}'
     )
-    rows = [
-        _read_problem(place, row)
-        for place, row in read_rows(Path(data.path), ("question", "answer"), remedy=remedy)
-    ]
-    if len(rows) <= data.test_size:
-        raise ValueError(
-            f"{data.path} has {len(rows)} problems, data.test_size={data.test_size} leaves none to train on; lower it"
-        )
-    test = rows[-data.test_size :]
+    rows = read_rows(Path(data.path), ("question", "answer"), remedy=remedy)
+    problems = [_read_problem(place, row) for place, row in rows]
+    test = problems[-data.test_size :]
     held_out = {problem["question"] for problem in test}
-    return [
-        problem for problem in rows[: -data.test_size] if problem["question"] not in held_out
-    ], test
+    train = [p for p in problems[: -data.test_size] if p["question"] not in held_out]
+    if not train:
+        raise ValueError(
+            f"{data.path} has {len(problems)} problems, and data.test_size={data.test_size} leaves "
+            "none to train on; lower data.test_size"
+        )
+    return train, test
 
 
 def render_prompt(problem: dict, tokenizer) -> str:
@@ -51,26 +52,24 @@ def render_prompt(problem: dict, tokenizer) -> str:
 
 
 def reward_function(response: str, question: str, number: Decimal) -> Reward:
-    """answer: the number between the last <answer> and </answer> after the thinking is the right one, in decimal arithmetic.
-    format: the response, which continues "<think>", is A</think> <answer>C</answer>, with no further tag in A or C.
+    """Score a response, which continues the prompt's "<think>".
+
+    answer: the last <answer>C</answer> after the thinking contains the right number, compared
+    exactly. format: the response is A</think> <answer>C</answer> without further tags in A or C.
     """
     thinking, _, rest = response.partition("</think>")
     before, opened, rest = rest.rpartition("<answer>")
     answer, closed, after = rest.partition("</answer>")
-    correct = float(bool(opened and closed) and parse_number(answer) == number)
-    well_formed = float(
-        bool(opened and closed)
-        and not before.strip()
-        and not after.strip()
-        and not any(tag in thinking or tag in answer for tag in TAGS)
-    )
-    return Reward(
-        total=correct + 0.1 * well_formed, parts={"format": well_formed, "answer": correct}
-    )
+    if not (opened and closed):
+        return Reward(0.0, {"format": 0.0, "answer": 0.0})
+    correct = float(parse_number(answer) == number)
+    extra_tags = any(tag in thinking or tag in answer for tag in TAGS)
+    well_formed = float(not before.strip() and not after.strip() and not extra_tags)
+    return Reward(correct + 0.1 * well_formed, {"format": well_formed, "answer": correct})
 
 
 def parse_number(text: str) -> Decimal | None:
-    """18, "$1,234", "-0.50" or "18." as an exact number; None for anything else."""
+    """Read "18", "$1,234", "-0.50" or "18." exactly. Returns None for anything else."""
     text = text.replace("$", "", 1).strip()
     return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
 
@@ -80,6 +79,7 @@ def _read_problem(place: str, row: dict) -> dict:
     number = parse_number(answer.rpartition("####")[2])
     if number is None or not isinstance(question, str):
         raise ValueError(
-            f'{place}: the answer {answer[-60:]!r} does not end in a number; wanted "42" or "… #### 42"'
+            f"{place}: the answer {answer[-60:]!r} does not end in a number; it must be like "
+            '"42" or "... #### 42"'
         )
     return {"question": question, "number": number}

@@ -1,4 +1,7 @@
-"""A task whose reward differs between the answers of an untrained model, so that every step of a test learns something."""
+"""A task for tests: its reward differs between the answers of an untrained model.
+
+So every training step has something to learn.
+"""
 
 from countdown_task import Data, load_problems, render_prompt
 from data_types import Reward

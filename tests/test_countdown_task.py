@@ -1,4 +1,5 @@
-"""The reward against DESIGN's definitions, an independent evaluator and hostile text; the problems against brute force."""
+"""The reward against its definition, an independent evaluator and hostile text; problems against
+brute force."""
 
 import ast
 import json
@@ -13,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import countdown_task
 from countdown_task import Data, load_problems, reward_function
 from data_types import Reward
 
 PUBLISHED = Path(__file__).parent.parent / "../shared/countdown/countdown_cd3_test.jsonl"
-LIMIT_SECONDS = 0.010  # of one call of the reward, whatever the text
 REPEATABLE = settings(max_examples=300, deadline=None, derandomize=True)
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -26,23 +27,6 @@ def answer_reward(expression: str, numbers: list[int], target: int) -> float:
     return reward_function(f" so</think>\n<answer>{expression}</answer>", numbers, target).parts[
         "answer"
     ]
-
-
-def call_within_limit(response: str, numbers=(3, 5, 7), target=22) -> Reward:
-    """The reward, which must come in time: this thread's own time, the best of a few calls, for the machine may be busy."""
-    best = float("inf")
-    for _ in range(10):
-        start = time.thread_time()
-        reward = reward_function(response, numbers, target)
-        best = min(best, time.thread_time() - start)
-        if best < LIMIT_SECONDS:
-            break
-    assert best < LIMIT_SECONDS, (
-        f"{best * 1e3:.1f} ms for {len(response)} characters that begin {response[:60]!r}"
-    )
-    assert reward.parts["format"] in (0.0, 1.0)
-    assert reward.parts["answer"] in (0.0, 1.0)
-    return reward
 
 
 # ---------------------------------------------------------------- the definitions, clause by clause
@@ -57,7 +41,7 @@ FORMAT = {  # response, which continues "<think>" -> format reward
     "empty answer": ("x</think>\n<answer></answer>", 1),
     "an answer on its own lines": ("x</think>\n<answer>\n1\n</answer>", 1),
     "a wrong answer": ("x</think>\n<answer>nonsense</answer>", 1),
-    "lesser signs that are no tags": ("1 < 2 > 0 <b> < think></think>\n<answer>1 < 2</answer>", 1),
+    "less-than signs outside tags": ("1 < 2 > 0 <b> < think></think>\n<answer>1 < 2</answer>", 1),
     "the stop token": ("x</think>\n<answer>1</answer><|im_end|>", 1),
     "the other stop token": ("x</think>\n<answer>1</answer><|endoftext|>", 1),
     "white space, then the stop token": ("x</think>\n<answer>1</answer>\n<|im_end|>", 1),
@@ -88,11 +72,11 @@ FORMAT = {  # response, which continues "<think>" -> format reward
 }
 
 
-# Catches: any of the four tags left out of TAG; parts[2] or parts[6] left out, or their `.strip()`, in
+# Catches: any of the four tags left out of TAG; parts[2], parts[6] or `.strip()` left out of
 # _is_well_formed; `\Z` left out of STOP_TOKEN.
-@pytest.mark.parametrize(("response", "wanted"), FORMAT.values(), ids=FORMAT)
-def test_format_reward(response, wanted):
-    assert reward_function(response, [1, 2], 3).parts["format"] == wanted
+@pytest.mark.parametrize(("response", "expected"), FORMAT.values(), ids=FORMAT)
+def test_format_reward(response, expected):
+    assert reward_function(response, [1, 2], 3).parts["format"] == expected
 
 
 ANSWER = {  # contents of <answer>, numbers, target -> answer reward
@@ -107,7 +91,7 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
     "sum is not before product": ("2 + 3 * 4", [2, 3, 4], 20, 0),
     "parentheses first": ("(2 + 3) * 4", [2, 3, 4], 20, 1),
     "nested parentheses": ("((2) + ((3))) * (4)", [2, 3, 4], 20, 1),
-    "sign at the head": ("-2 + 5", [2, 5], 3, 1),
+    "sign at the start": ("-2 + 5", [2, 5], 3, 1),
     "sign after an operator": ("5 * -2 + 13", [5, 2, 13], 3, 1),
     "sign before parentheses": ("-(2 - 5)", [2, 5], 3, 1),
     "signs in a row": ("5 - - + 2", [5, 2], 7, 1),
@@ -135,7 +119,7 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
     "a repeated number, used once": ("3 + 4", [3, 4, 3], 7, 0),
     "another number": ("4 - 1", [1, 2], 3, 0),
     "digits joined": ("12", [1, 2], 12, 0),
-    "a number apart": ("1 2", [12], 12, 0),
+    "digits apart": ("1 2", [12], 12, 0),
     "only the target": ("3", [1, 2], 3, 0),
     "an equation": ("1 + 2 = 3", [1, 2], 3, 0),
     "wrong value": ("2 - 1", [1, 2], 3, 0),
@@ -157,7 +141,7 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
     "implied product of parentheses": ("(2)(3)", [2, 3], 6, 0),
     "product sign": ("2 × 3", [2, 3], 6, 0),
     "division sign": ("6 ÷ 3", [6, 3], 2, 0),
-    "real minus": ("5 − 2", [5, 2], 3, 0),
+    "minus sign U+2212": ("5 − 2", [5, 2], 3, 0),
     "full-width digits": ("１ + 2", [1, 2], 3, 0),
     "superscript": ("1 + 2²", [1, 2], 3, 0),
     "arabic digits": ("١ + 2", [1, 2], 3, 0),
@@ -165,7 +149,7 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
     "closed parenthesis": ("1 + 2)", [1, 2], 3, 0),
     "crossed parentheses": (")1 + 2(", [1, 2], 3, 0),
     "operator at the end": ("1 + 2 +", [1, 2], 3, 0),
-    "operator at the head": ("* 1 + 2", [1, 2], 3, 0),
+    "operator at the start": ("* 1 + 2", [1, 2], 3, 0),
     "operators in a row": ("1 + * 2", [1, 2], 3, 0),
     "division by zero": ("3 / (1 - 1)", [3, 1, 1], 3, 0),
     "division of zero by zero": ("(1 - 1) / (2 - 2)", [1, 1, 2, 2], 1, 0),
@@ -178,15 +162,18 @@ ANSWER = {  # contents of <answer>, numbers, target -> answer reward
 }
 
 
-# Catches: Fraction(value) turned into float(value) ("exact where floats are not"); `values[left], values[right]` swapped;
-# "used != numbers" turned into a comparison of sets; EXPRESSION without its clause on leading zeros; `== target` compared
-# after int(); `-values[operand]` without its sign; `if type(op) in OPERATORS` dropped.
-@pytest.mark.parametrize(("expression", "numbers", "target", "wanted"), ANSWER.values(), ids=ANSWER)
-def test_answer_reward(expression, numbers, target, wanted):
-    assert answer_reward(expression, numbers, target) == wanted
+# Catches: float(value) for Fraction(value) ("exact where floats are not"); values[left] and
+# values[right] swapped; a comparison of sets of numbers; EXPRESSION without its clause on leading
+# zeros; int() around the value; `-values[operand]` without its sign; `if type(op) in OPERATORS`
+# left out.
+@pytest.mark.parametrize(
+    ("expression", "numbers", "target", "expected"), ANSWER.values(), ids=ANSWER
+)
+def test_answer_reward(expression, numbers, target, expected):
+    assert answer_reward(expression, numbers, target) == expected
 
 
-WHICH_ANSWER = {  # response -> answer reward for 1 + 2 = 3: which <answer> counts
+WHICH_ANSWER = {  # response -> answer reward for the numbers 1 and 2 and the target 3
     "after the thinking": ("x</think>\n<answer>1+2</answer>", 1),
     "inside the thinking": ("<answer>1+2</answer></think>", 0),
     "inside the thinking, and a wrong one after": (
@@ -213,14 +200,14 @@ WHICH_ANSWER = {  # response -> answer reward for 1 + 2 = 3: which <answer> coun
 }
 
 
-# Catches: the search starting at the head of the response; the first answer kept instead of the last; rpartition for
-# partition at "</think>".
-@pytest.mark.parametrize(("response", "wanted"), WHICH_ANSWER.values(), ids=WHICH_ANSWER)
-def test_the_last_answer_after_the_first_closed_thinking_counts(response, wanted):
-    assert reward_function(response, [1, 2], 3).parts["answer"] == wanted
+# Catches: a search from the start of the response; the first answer taken instead of the last;
+# rpartition instead of partition at "</think>".
+@pytest.mark.parametrize(("response", "expected"), WHICH_ANSWER.values(), ids=WHICH_ANSWER)
+def test_the_last_answer_after_the_first_closed_thinking_counts(response, expected):
+    assert reward_function(response, [1, 2], 3).parts["answer"] == expected
 
 
-# Catches: 0.1 * well_formed turned into 1.0 * well_formed, or multiplied with the answer.
+# Catches: 1.0 * well_formed; the format reward multiplied by the answer reward.
 @pytest.mark.parametrize(
     ("response", "form", "answer", "total"),
     [
@@ -230,7 +217,7 @@ def test_the_last_answer_after_the_first_closed_thinking_counts(response, wanted
         ("1+2", 0.0, 0.0, 0.0),
     ],
 )
-def test_total_is_answer_plus_a_tenth_of_format(response, form, answer, total):
+def test_the_total_is_answer_plus_a_tenth_of_format(response, form, answer, total):
     reward = reward_function(response, [1, 2], 3)
     assert reward.parts == {"format": form, "answer": answer}
     assert reward.total == pytest.approx(total, abs=1e-12)
@@ -242,11 +229,15 @@ def test_the_numbers_may_come_in_any_sequence():
         assert reward_function(response, numbers, 14).parts["answer"] == 1
 
 
+def test_a_no_break_space_is_not_white_space():
+    assert answer_reward("\u00a01 + 2", [1, 2], 3) == answer_reward("1\u00a0+ 2", [1, 2], 3) == 0
+
+
 # ---------------------------------------------------------------- an independent evaluator
 
 
 def tree_value(tree) -> Fraction | None:
-    """Value of a number, a signed tree ("-", a) or a pair ("*", a, b); None where it divides by zero."""
+    """The value of a number, ("-", a) or ("*", a, b), or None if it divides by zero."""
     if isinstance(tree, int):
         return Fraction(tree)
     values = [tree_value(branch) for branch in tree[1:]]
@@ -265,7 +256,7 @@ def random_tree(rng, numbers: list[int]):
 
 
 def render(tree, rng) -> str:
-    """The tree as text, with the parentheses that it needs, some that it does not, and white space anywhere."""
+    """The tree as text, with all parentheses that it needs, a few others, and white space."""
     space = lambda: rng.choice(["", "", " ", "\t", "\n", "  "])  # noqa: E731
     if isinstance(tree, int):
         text = str(tree)
@@ -290,10 +281,10 @@ def render(tree, rng) -> str:
     return space() + text + space()
 
 
-# Catches: every change of the grammar: precedence, associativity, the order of operands, the scope of a sign.
+# Catches: any change of precedence, associativity, order of operands or scope of a sign.
 @REPEATABLE
 @given(seed=st.integers(0, 2**32), numbers=st.lists(st.integers(0, 30), min_size=1, max_size=6))
-def test_expressions_are_worth_what_their_tree_is_worth(seed, numbers):
+def test_an_expression_has_the_value_of_the_tree_that_it_was_made_from(seed, numbers):
     rng = random.Random(seed)
     tree = random_tree(rng, numbers)
     value, text = tree_value(tree), render(tree, rng)
@@ -308,7 +299,7 @@ def test_expressions_are_worth_what_their_tree_is_worth(seed, numbers):
 
 
 def python_value(text: str) -> Fraction | None:
-    """What Python's own parser makes of it, in rational arithmetic; None for what is no expression of this language."""
+    """The value by Python's grammar in exact arithmetic, or None if it is not an expression."""
     if re.search(r"//|\*\*|\b0[0-9]", text):
         return None
 
@@ -328,13 +319,14 @@ def python_value(text: str) -> Fraction | None:
         return None
 
 
-# Catches: `case ast.expr()` left out of _value, which would then raise on "2(3)"; `" ".join(expression.split())` -> `"".join(...)`.
+# Catches: `case ast.expr()` left out of _value, which would then raise on "2(3)"; `"".join` instead
+# of `" ".join`.
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's parser on "2(3)"
 @REPEATABLE
 @given(
     st.lists(st.sampled_from([*"+-*/()", " ", *"0123", "12", "+", "*"]), max_size=9).map("".join)
 )
-def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
+def test_any_string_of_tokens_has_the_value_that_python_gives_it(text):
     value = python_value(text)
     numbers = [int(digits) for digits in re.findall("[0-9]+", text)]
     for target in {value, Fraction(3)} - {None}:
@@ -343,66 +335,14 @@ def test_any_string_of_tokens_is_judged_as_python_judges_it(text):
 
 # ---------------------------------------------------------------- hostile text
 
+TAGS = "<think> </think> <answer> </answer> < > </ answer> </answer <|im_end|> <|endoftext|>"
+PIECES = "3 5 7 3*5+7 (3*5)+7 ** // _ . = , e9 0x {} %s 9**9**9 __import__('os')"
 FRAGMENTS = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<",
-    ">",
-    "</",
-    "answer>",
-    "</answer",
-    "<|im_end|>",
-    "<|endoftext|>",
-    *"0123456789",
-    *"+-*/()",
-    " ",
-    "\n",
-    "\t",
-    "\r",
-    "3",
-    "5",
-    "7",
-    "3 * 5 + 7",
-    "(3*5)+7",
-    "**",
-    "//",
-    "_",
-    ".",
-    "=",
-    ",",
-    "e9",
-    "0x",
-    "\0",
-    "\ud800",
-    "\udfff",
-    "\u202e",
-    "\u200b",
-    "\ufeff",
-    "\u00a0",
-    "\u2028",
-    "\x1c",
-    "１",
-    "²",
-    "٣",
-    "½",
-    "−",
-    "×",
-    "é",
-    "思",
-    "🤔",
-    "9" * 25,
-    "(" * 70,
-    ")" * 70,
-    "-" * 300,
-    "9**9**9",
-    "__import__('os')",
-    "{}",
-    "%s",
-    "\\",
-    "'",
-    '"',
+    *TAGS.split(),
+    *PIECES.split(),
+    *"0123456789+-*/() \n\t\r\\'\"",
+    *"\0\ud800\udfff\u202e\u200b\ufeff\u00a0\u2028\x1c１²٣½−×é思🤔",
+    *("9" * 25, "(" * 70, ")" * 70, "-" * 300),
 ]
 ANYTHING = st.one_of(
     st.text(st.characters()),  # lone surrogates included
@@ -416,75 +356,108 @@ ANYTHING = st.one_of(
 # Catches: ZeroDivisionError or SyntaxError left out of _is_solution's except.
 @REPEATABLE
 @given(response=ANYTHING)
-def test_no_text_raises_or_takes_long(response):
-    call_within_limit(response)
+def test_no_text_raises(response):
+    reward = reward_function(response, (3, 5, 7), 22)
+    assert {*reward.parts.values()} <= {0.0, 1.0}
 
 
-def inside(text: str) -> str:
+def answer(text: str) -> str:
     return f"</think>\n<answer>{text}</answer>"
 
 
+# Each builds a text of about n characters.
 HOSTILE = {
-    "a power tower": inside("99**98**97"),
-    "a product of everything": inside("*".join(["99999999999999999999"] * 40)),
-    "megabyte of digits": inside("9" * 1_000_000),
-    "megabyte of white space": inside(" " * 1_000_000),
-    "megabyte of signs": inside("-" * 1_000_000 + "3"),
-    "megabyte of words": inside("word " * 200_000),
-    "megabyte after the answer": inside("3*5+7") + "y" * 1_000_000,
-    "megabyte of thinking": "y" * 1_000_000 + inside("3*5+7"),
-    "megabyte of null characters": "\0" * 1_000_000,
-    "100,000 parentheses opened": inside("(" * 100_000),
-    "100,000 parentheses closed": inside(")" * 100_000),
-    "100,000 parentheses around": inside("(" * 50_000 + "3*5+7" + ")" * 50_000),
-    "as deep as fits": inside("(" * 497 + "3*5+7" + ")" * 497),
-    "as many signs as fit": inside("3*5+" + "-+" * 496 + "7"),
-    "20,000 opened thoughts": "<think>" * 20_000,
-    "20,000 closed thoughts": "</think>" * 20_000,
-    "20,000 opened answers": "</think>" + "<answer>" * 20_000,
-    "20,000 closed answers": "</think>" + "</answer>" * 20_000,
-    "10,000 answers": "</think>" + "<answer></answer>" * 10_000,
-    "20,000 tags in turn": "<think></think><answer></answer>" * 5_000,
-    "200,000 halves of a tag": "</think><answer>" + "</answe" * 200_000,
-    "20,000 stop tokens": "<|im_end|>" * 20_000,
-    "null characters": inside("3\0*5+7"),
-    "lone surrogates": inside("3*5+7\ud800"),
-    "lone surrogates outside": "\udfff" + inside("3*5+7") + "\ud800",
-    "right-to-left marks": inside("\u202e3*5+7"),
-    "byte order mark": inside("\ufeff3*5+7"),
-    "full-width": inside("３*５+７"),
-    "a number of 21 digits": inside("3*5+" + "7" * 21),
+    "digits": lambda n: answer("9" * n),
+    "white space": lambda n: answer(" " * n),
+    "signs": lambda n: answer("-" * n + "3"),
+    "words": lambda n: answer("word " * (n // 5)),
+    "products": lambda n: answer("*".join(["9" * 20] * (n // 21))),
+    "powers": lambda n: answer("**".join(["99"] * (n // 4))),
+    "opened parentheses": lambda n: answer("(" * n),
+    "closed parentheses": lambda n: answer(")" * n),
+    "nested parentheses": lambda n: answer("(" * (n // 2) + "3*5+7" + ")" * (n // 2)),
+    "text after the answer": lambda n: answer("3*5+7") + "y" * n,
+    "text before the answer": lambda n: "y" * n + answer("3*5+7"),
+    "null characters": lambda n: "\0" * n,
+    "opened thoughts": lambda n: "<think>" * (n // 7),
+    "closed thoughts": lambda n: "</think>" * (n // 8),
+    "opened answers": lambda n: "</think>" + "<answer>" * (n // 8),
+    "closed answers": lambda n: "</think>" + "</answer>" * (n // 9),
+    "many answers": lambda n: "</think>" + "<answer></answer>" * (n // 17),
+    "tags in turn": lambda n: "<think></think><answer></answer>" * (n // 32),
+    "halves of a tag": lambda n: "</think><answer>" + "</answe" * (n // 7),
+    "stop tokens": lambda n: "<|im_end|>" * (n // 10),
+}
+DEEP = {
+    "as many parentheses as fit": answer("(" * 497 + "3*5+7" + ")" * 497),
+    "as many signs as fit": answer("3*5+" + "-+" * 496 + "7"),
 }
 
 
-# Catches: MAX_EXPRESSION_CHARS left out; the numbers compared after the arithmetic instead of before it.
-@pytest.mark.parametrize("response", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_is_scored_in_time(response):
-    call_within_limit(response)
+def cpu_seconds(response: str) -> float:
+    """CPU time of one call, the smallest of five."""
+    times = []
+    for _ in range(5):
+        start = time.thread_time()
+        reward_function(response, (3, 5, 7), 22)
+        times.append(time.thread_time() - start)
+    return min(times)
 
 
-def test_hostile_answers_earn_nothing_and_honest_ones_in_hostile_company_all():
+# Catches: a search for tags that begins again at every tag. Quadratic work would take 100 times as
+# long, linear work takes 10 times as long.
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_the_work_grows_in_proportion_to_the_text(make):
+    assert cpu_seconds(make(1_000_000)) < 40 * cpu_seconds(make(100_000))
+
+
+# Catches: MAX_EXPRESSION_CHARS left out; the numbers compared after the arithmetic.
+def test_only_short_expressions_of_the_given_numbers_are_parsed_and_computed(monkeypatch):
+    parsed, computed = [], []
+    parse, value = ast.parse, countdown_task._value
+    monkeypatch.setattr(
+        ast, "parse", lambda text, **kw: (parsed.append(text), parse(text, **kw))[1]
+    )
+    monkeypatch.setattr(
+        countdown_task, "_value", lambda tree: (computed.append(tree), value(tree))[1]
+    )
+    for make in HOSTILE.values():
+        for n in (500, 1_000_000):
+            reward_function(make(n), (3, 5, 7), 22)
+    assert 0 < len(parsed) <= 2 * len(HOSTILE)
+    assert max(map(len, parsed)) <= 1000
+    assert {ast.unparse(tree) for tree in computed} == {"3 * 5 + 7"}
+
+
+def test_only_honest_answers_score_in_hostile_company():
+    odd = {
+        "null character": answer("3\0*5+7"),
+        "lone surrogate": answer("3*5+7\ud800"),
+        "lone surrogates outside": "\udfff" + answer("3*5+7") + "\ud800",
+        "right-to-left mark": answer("\u202e3*5+7"),
+        "byte order mark": answer("\ufeff3*5+7"),
+        "full-width digits": answer("３*５+７"),
+        "a number of 21 digits": answer("3*5+" + "7" * 21),
+    }
+    texts = {name: make(100_000) for name, make in HOSTILE.items()} | DEEP | odd
     earned = {
-        name
-        for name, response in HOSTILE.items()
-        if reward_function(response, [3, 5, 7], 22).parts["answer"]
+        name for name, text in texts.items() if reward_function(text, [3, 5, 7], 22).parts["answer"]
     }
     assert earned == {
-        "megabyte of thinking",
-        "megabyte after the answer",
+        "text before the answer",
+        "text after the answer",
         "as many signs as fit",
         "lone surrogates outside",
     }
 
 
-def test_nothing_is_raised_however_deep_the_caller_stands():
-    # Catches: RecursionError left out of _is_solution's except (Python 3.11 counts its own frames against its parser's).
+# Catches: RecursionError left out of _is_solution's except. Python 3.11 counts its own frames
+# against its parser's limit.
+def test_nothing_is_raised_at_any_depth_of_the_call_stack():
     def call(depth: int) -> Reward:
-        return (
-            call(depth - 1)
-            if depth
-            else reward_function(HOSTILE["as many signs as fit"], [3, 5, 7], 22)
-        )
+        if depth:
+            return call(depth - 1)
+        return reward_function(DEEP["as many signs as fit"], [3, 5, 7], 22)
 
     for depth in (0, 400, 700, 850):
         assert call(depth).parts["format"] == 1
@@ -493,12 +466,12 @@ def test_nothing_is_raised_however_deep_the_caller_stands():
 def test_depth_and_length_have_room_for_any_honest_answer():
     assert answer_reward("(" * 30 + "3*5+7" + ")" * 30, [3, 5, 7], 22) == 1
     assert answer_reward("3 * 5 + 7" + " " * 900, [3, 5, 7], 22) == 1
-    # Catches: _value by recursion with a limit: parentheses side by side are not deep.
+    # Catches: _value by recursion with a limit. Parentheses side by side are not deep.
     assert answer_reward("+".join(["(1)"] * 200), [1] * 200, 200) == 1
 
 
 @pytest.mark.slow
-def test_100_000_hostile_texts():
+def test_100_000_hostile_texts_do_not_raise():
     rng = random.Random(0)
     for i in range(100_000):
         parts = rng.choices(FRAGMENTS, k=rng.randrange(40))
@@ -508,7 +481,8 @@ def test_100_000_hostile_texts():
             parts *= rng.randrange(1, 400)
         if i % 5 == 0:
             parts += map(chr, (rng.randrange(0x110000) for _ in range(5)))
-        call_within_limit("".join(parts))
+        reward = reward_function("".join(parts), (3, 5, 7), 22)
+        assert {*reward.parts.values()} <= {0.0, 1.0}
 
 
 # ---------------------------------------------------------------- problems
@@ -530,7 +504,7 @@ def data_config(path, **changes) -> Data:
 
 
 def solve(numbers: list[int], target: int) -> str | None:
-    """An expression over all the numbers that is worth the target, by trying every one."""
+    """An expression of all the numbers that equals the target, found by trying every one."""
 
     def combine(entries: list[tuple[Fraction, str]]) -> str | None:
         if len(entries) == 1:
@@ -559,7 +533,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.mark.skipif(
     not PUBLISHED.exists(), reason="../shared/countdown/countdown_cd3_test.jsonl is not here"
 )
-def test_the_published_problems_load_and_their_solutions_earn_everything(tmp_path):
+def test_the_published_problems_load_and_their_solutions_get_the_full_reward(tmp_path):
     published = [json.loads(line) for line in PUBLISHED.read_text().splitlines()]
     rows = [([int(n) for n in row["input"].split(",")], int(row["output"])) for row in published]
     train, test = load_problems(
@@ -569,7 +543,7 @@ def test_the_published_problems_load_and_their_solutions_earn_everything(tmp_pat
     assert list(train) == [{"numbers": [1, 1], "target": 2}]
     assert [(p["numbers"], p["target"]) for p in test] == rows
     solutions = [solve(**problem) for problem in test]
-    assert all(solutions)  # each of the 256 can be solved
+    assert all(solutions)
     for problem, solution in zip(test, solutions, strict=True):
         assert reward_function(
             f" so</think>\n<answer>{solution}</answer><|im_end|>", **problem
@@ -587,8 +561,8 @@ ROWS = [
 ]
 
 
-# Catches: sorted() left out of _key; rows[:test_size] held out instead of the last; _key without the target.
-def test_the_last_rows_are_held_out_and_what_equals_them_is_not_trained_on(tmp_path):
+# Catches: sorted() or the target left out of _key; the first rows held out instead of the last.
+def test_the_last_rows_are_held_out_and_their_equals_are_not_trained_on(tmp_path):
     train, test = load_problems(
         data_config(write_jsonl(tmp_path / "problems.jsonl", ROWS), test_size=2)
     )
@@ -596,11 +570,11 @@ def test_the_last_rows_are_held_out_and_what_equals_them_is_not_trained_on(tmp_p
     assert list(train) == [{"numbers": [4, 5], "target": 20}, {"numbers": [7, 8, 9], "target": 24}]
 
 
-def test_blank_lines_and_other_columns_do_no_harm(tmp_path):
+def test_blank_lines_other_columns_and_line_separators_in_strings_do_no_harm(tmp_path):
     path = tmp_path / "problems.jsonl"
     lines = [
         "",
-        '{"nums": [1, 2], "target": 3, "source": "é"}',
+        '{"nums": [1, 2], "target": 3, "source": "é\u2028"}',
         "",
         "  ",
         '{"id": 1, "target": 9, "nums": [4, 5]}',
@@ -646,7 +620,7 @@ def key(problem: dict) -> tuple:
     return tuple(sorted(problem["numbers"])), problem["target"]
 
 
-def test_synthetic_problems_can_be_solved_and_keep_their_ranges():
+def test_synthetic_problems_are_solvable_and_in_range():
     train, test = load_problems(data_config("synthetic"))
     problems = [*test, *(train[i] for i in range(40))]
     for problem in problems:
@@ -673,23 +647,23 @@ def test_synthetic_problems_reach_both_ends_of_their_ranges():
     assert {p["target"] for p in problems} == {2, 3, 4, 5, 6, 7}
 
 
-# Catches: the random numbers of an item drawn from a generator that remembers the items before it.
-def test_a_synthetic_problem_depends_on_its_place_and_the_seed_alone():
+# Catches: one generator for all items, which would make an item depend on those drawn before it.
+def test_a_synthetic_problem_depends_only_on_its_index_and_the_seed():
     first, first_test = load_problems(data_config("synthetic"))
     again, again_test = load_problems(data_config("synthetic"))
     other, other_test = load_problems(data_config("synthetic", synthetic_seed=6))
-    places = [0, 1, 7, 100, 499_999]
-    forward, backward = [first[i] for i in places], [again[i] for i in reversed(places)]
+    indices = [0, 1, 7, 100, 499_999]
+    forward, backward = [first[i] for i in indices], [again[i] for i in reversed(indices)]
     assert forward == backward[::-1]
-    assert forward == [first[i] for i in places]
-    assert forward != [other[i] for i in places]
+    assert forward == [first[i] for i in indices]
+    assert forward != [other[i] for i in indices]
     assert first_test == again_test
     assert first_test != other_test
     assert len(first) == 500_000
     assert len({key(p) for p in forward}) == 5
 
 
-# Catches: the comparison with the held-out problems left out of draw_problem; _key without sorted().
+# Catches: the comparison with the held-out problems left out of draw_problem.
 def test_no_held_out_problem_is_trained_on():
     few = {"num_numbers": [3], "max_number": 5, "min_target": 1, "max_target": 20, "test_size": 100}
     train, test = load_problems(data_config("synthetic", **few))
@@ -700,76 +674,76 @@ def test_no_held_out_problem_is_trained_on():
     assert not drawn & held_out
 
 
-# ---------------------------------------------------------------- what is wrong with the data is said
+def test_a_slice_of_synthetic_problems_is_a_list():
+    train, _ = load_problems(data_config("synthetic"))
+    assert train[:3] == [train[0], train[1], train[2]]
+    assert train[499_998:] == [train[-2], train[-1]]
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+# ---------------------------------------------------------------- error messages
 
 
 def test_a_missing_dataset_says_how_to_fetch_it_and_how_to_do_without(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match="nowhere") as caught:
         load_problems(data_config(tmp_path / "nowhere"))
-    message = str(caught.value)
-    assert all(
-        part in message for part in (str(tmp_path / "nowhere"), "hf download", "config_tiny.yaml")
-    )
+    assert "hf download" in str(caught.value)
+    assert "config_tiny.yaml" in str(caught.value)
 
 
 GOOD = '{"nums": [1, 2], "target": 3}\n'
-BAD_JSONL = {  # text, test_size -> what the message holds
+
+
+def row(nums: str, target: str) -> str:
+    return GOOD + f'{{"nums": {nums}, "target": {target}}}\n'
+
+
+BAD_JSONL = {  # the file, data.test_size and what the message must contain
     "another column": (GOOD + '{"numbers": [1, 2], "target": 3}\n', 1, ["line 2", "nums"]),
     "no target": (GOOD * 2 + '{"nums": [1, 2]}\n', 1, ["line 3", "target"]),
     "not JSON": (GOOD * 4 + "nums: 1 2\n", 1, ["line 5", '"nums"']),
+    "after blank lines": ("\n\n" + row("[1, 2.0]", "3"), 1, ["line 4"]),
     "cut in the middle": (GOOD * 2 + GOOD[:15], 1, ["line 3"]),
+    "not UTF-8": (GOOD + "\udcff\n", 1, []),
     "a list": (GOOD + "[1, 2, 3]\n", 1, ["line 2"]),
     "a number": ("3\n" + GOOD, 1, ["line 1"]),
-    "a float among the numbers": (
-        GOOD + '{"nums": [1, 2.0], "target": 3}\n',
-        1,
-        ["line 2", "2.0", "integers"],
-    ),
-    "a float as target": (
-        GOOD + '{"nums": [1, 2], "target": 3.0}\n',
-        1,
-        ["line 2", "3.0", "integer"],
-    ),
-    "text as target": (GOOD + '{"nums": [1, 2], "target": "3"}\n', 1, ["line 2", "'3'", "integer"]),
-    "text as numbers": (
-        GOOD + '{"nums": "1,2", "target": 3}\n',
-        1,
-        ["line 2", "'1,2'", "integers"],
-    ),
-    "a truth value": (
-        GOOD + '{"nums": [1, true], "target": 3}\n',
-        1,
-        ["line 2", "True", "integers"],
-    ),
-    "no numbers": (GOOD + '{"nums": [], "target": 3}\n', 1, ["line 2", "[]"]),
-    "null": (GOOD + '{"nums": null, "target": 3}\n', 1, ["line 2", "None"]),
+    "a float among the numbers": (row("[1, 2.0]", "3"), 1, ["line 2", "2.0", "integers"]),
+    "a float as target": (row("[1, 2]", "3.0"), 1, ["line 2", "3.0", "integer"]),
+    "text as target": (row("[1, 2]", '"3"'), 1, ["line 2", "'3'", "integer"]),
+    "text as numbers": (row('"1,2"', "3"), 1, ["line 2", "'1,2'", "integers"]),
+    "a truth value": (row("[1, true]", "3"), 1, ["line 2", "True", "integers"]),
+    "no numbers": (row("[]", "3"), 1, ["line 2", "[]"]),
+    "null": (row("null", "3"), 1, ["line 2", "None"]),
     "empty": ("", 1, ["no rows"]),
     "blank": ("\n \n", 1, ["no rows"]),
-    "all of it held out": (GOOD * 3, 3, ["3 problems", "data.test_size=3", "lower"]),
-    "more held out than there is": (GOOD * 3, 8, ["3 problems", "data.test_size=8", "lower"]),
+    "all held out": (GOOD * 3, 3, ["3 problems", "data.test_size=3", "lower"]),
+    "more held out than there are": (GOOD * 3, 8, ["3 problems", "data.test_size=8", "lower"]),
+    "all equal to a held-out one": (row("[2, 1]", "3"), 1, ["2 problems", "add problems"]),
 }
 
 
-@pytest.mark.parametrize(("text", "test_size", "wanted"), BAD_JSONL.values(), ids=BAD_JSONL)
-def test_bad_jsonl_is_named(tmp_path, text, test_size, wanted):
+@pytest.mark.parametrize(("text", "test_size", "expected"), BAD_JSONL.values(), ids=BAD_JSONL)
+def test_what_is_wrong_with_a_jsonl_file_is_named(tmp_path, text, test_size, expected):
     path = tmp_path / "problems.jsonl"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="problems") as caught:
         load_problems(data_config(path, test_size=test_size))
-    assert [part for part in [str(path), *wanted] if part not in str(caught.value)] == []
+    assert [part for part in [str(path), *expected] if part not in str(caught.value)] == []
 
 
-def test_bad_parquet_is_named(tmp_path):
-    write_parquet(tmp_path / "columns", "train.parquet", {"numbers": [[1, 2]], "target": [3]})
-    write_parquet(
-        tmp_path / "floats", "train.parquet", {"nums": [[1, 2], [1.0, 2.5]], "target": [3, 3]}
-    )
-    write_parquet(tmp_path / "rows", "train.parquet", {"nums": [[1, 2]], "target": [3]})
+def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path):
+    columns = {
+        "columns": {"numbers": [[1, 2]], "target": [3]},
+        "floats": {"nums": [[1, 2], [1.0, 2.5]], "target": [3, 3]},
+        "rows": {"nums": [[1, 2]], "target": [3]},
+    }
+    for name, content in columns.items():
+        write_parquet(tmp_path / name, "train.parquet", content)
     for name, content in (("damaged", b"PAR1 and so on"), ("cut", b"")):
         (tmp_path / name / "data").mkdir(parents=True)
         (tmp_path / name / "data/train.parquet").write_bytes(content)
-    (tmp_path / "hollow").mkdir()
-    for name, wanted in {
+    for name, expected in {
         "columns": ["train.parquet", "nums", "target"],
         "damaged": ["train.parquet", "fetch"],
         "cut": ["train.parquet", "fetch"],
@@ -778,74 +752,23 @@ def test_bad_parquet_is_named(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=name) as caught:
             load_problems(data_config(tmp_path / name))
-        assert [part for part in wanted if part not in str(caught.value)] == []
+        assert [part for part in expected if part not in str(caught.value)] == []
+    (tmp_path / "hollow").mkdir()
     with pytest.raises(FileNotFoundError, match=r"hollow.*data/\*\.parquet"):
         load_problems(data_config(tmp_path / "hollow"))
 
 
-def test_impossible_synthetic_problems_are_refused():
-    with pytest.raises(
-        ValueError, match=r"beside 7 held-out.*data\.max_number=2.*lower data\.test_size=10"
-    ):
-        load_problems(
-            data_config(
-                "synthetic", num_numbers=[2], max_number=2, min_target=1, max_target=4, test_size=10
-            )
-        )
-    with pytest.raises(ValueError, match=r"data\.min_target=50.*data\.max_number=3.*widen"):
-        load_problems(
-            data_config("synthetic", num_numbers=[2], max_number=3, min_target=50, max_target=60)
-        )
+PAIRS = {"num_numbers": [2], "max_number": 2, "min_target": 1, "max_target": 4}
 
 
-def test_holding_out_every_synthetic_problem_is_refused():
-    # 1 + 1, 1 * 1, 1 / 1; 2 + 2, 2 * 2, 2 / 2; 1 + 2, 2 - 1, 2 * 1, 2 / 1: seven different problems with targets 1..4
-    every = {"num_numbers": [2], "max_number": 2, "min_target": 1, "max_target": 4}
-    train, test = load_problems(data_config("synthetic", **every, test_size=7))
+def test_a_range_without_enough_problems_is_refused():
+    # 1 + 1, 1 * 1, 1 / 1; 2 + 2, 2 * 2, 2 / 2; 1 + 2, 2 - 1, 2 * 1, 2 / 1: seven different problems
+    # with targets 1..4.
+    train, test = load_problems(data_config("synthetic", **PAIRS, test_size=7))
     assert len(test) == 7
-    with pytest.raises(ValueError, match=r"beside 7 held-out problems"):
+    with pytest.raises(ValueError, match="besides 7 held-out ones"):
         train[0]
-
-
-def test_a_file_with_only_held_out_problems_is_refused(tmp_path):
-    path = write_jsonl(tmp_path / "problems.jsonl", [([1, 2], 3), ([2, 1], 3)])
-    with pytest.raises(ValueError, match=r"problems\.jsonl"):
-        load_problems(data_config(path, test_size=1))
-
-
-def test_synthetic_problems_end():
-    train, _ = load_problems(data_config("synthetic"))
-    assert train[-1] == train[len(train) - 1]
-    with pytest.raises(IndexError):
-        train[len(train)]
-
-
-def test_a_file_that_is_no_utf_8_is_named(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_bytes(GOOD.encode() + b"\xff\n")
-    with pytest.raises(ValueError, match=r"problems\.jsonl"):
-        load_problems(data_config(path, test_size=1))
-
-
-def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text(
-        '{"nums": [1, 2], "target": 3, "note": "a\u2028b"}\n{"nums": [4, 5], "target": 9}\n',
-        encoding="utf-8",
-    )
-    assert len(load_problems(data_config(path, test_size=1))[0]) == 1
-
-
-def test_a_wrong_type_is_named_by_its_line(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("\n\n" + GOOD + '{"nums": [1, 2.0], "target": 3}\n')
-    with pytest.raises(ValueError, match="line 4"):
-        load_problems(data_config(path, test_size=1))
-
-
-def test_megabytes_of_answers_are_scored_in_time():
-    call_within_limit("</think>" + "<answer></answer>" * 120_000)
-
-
-def test_white_space_is_the_same_everywhere_in_an_answer():
-    assert answer_reward("\u00a01 + 2", [1, 2], 3) == answer_reward("1\u00a0+ 2", [1, 2], 3)
+    with pytest.raises(ValueError, match=r"besides 7 .*data\.max_number=2.*data\.test_size=10"):
+        load_problems(data_config("synthetic", **PAIRS, test_size=10))
+    with pytest.raises(ValueError, match=r"data\.max_number=2.*data\.min_target=50.*widen"):
+        load_problems(data_config("synthetic", **PAIRS | {"min_target": 50, "max_target": 60}))

@@ -1,3 +1,5 @@
+"""The example task: its reward, its data, and a model that trains on it."""
+
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -79,20 +81,17 @@ def test_a_number_is_read_exactly(text, number):
         "$$5",
     ],
 )
-def test_what_is_no_plain_number_is_none(text):
+def test_anything_else_is_none(text):
     assert gsm8k_task.parse_number(text) is None
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "form"),
+    ("response", "answer", "format"),
     [
         ("9 + 9 = 18</think>\n<answer>18</answer>", 1, 1),
         ("</think><answer>$18.00</answer>  \n", 1, 1),
-        (
-            "</think> <answer>18.000000000000000000000000000001</answer>",
-            0,
-            1,
-        ),  # mutation: float() instead of Decimal()
+        # Catches: float() instead of Decimal().
+        ("</think> <answer>18.000000000000000000000000000001</answer>", 0, 1),
         ("</think> <answer>17</answer>", 0, 1),
         ("</think> <answer>17</answer> no, <answer>18</answer>", 1, 0),
         ("</think> so <answer>18</answer>", 1, 0),
@@ -108,10 +107,10 @@ def test_what_is_no_plain_number_is_none(text):
         ("</think>" + "<answer>" * 10_000, 0, 0),
     ],
 )
-def test_the_reward_by_hand(response, answer, form):
+def test_the_reward_of_responses_scored_by_hand(response, answer, format):
     reward = gsm8k_task.reward_function(response, question="?", number=Decimal(18))
-    assert reward.parts == {"answer": answer, "format": form}
-    assert reward.total == pytest.approx(answer + 0.1 * form)
+    assert reward.parts == {"answer": answer, "format": format}
+    assert reward.total == pytest.approx(answer + 0.1 * format)
 
 
 # ---------------------------------------------------------------- problems
@@ -121,16 +120,8 @@ def test_the_last_rows_are_held_out_and_never_trained_on(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [ROWS[9], *ROWS[:8], "", *ROWS[8:]])
     training, test = gsm8k_task.load_problems(data)
     assert [p["number"] for p in test] == [16, 18, 20]
-    assert [p["number"] for p in training] == [
-        0,
-        2,
-        4,
-        6,
-        8,
-        10,
-        12,
-        14,
-    ]  # row 9 stands in both and is held out
+    # Row 9 is in both parts, so it is only held out.
+    assert [p["number"] for p in training] == list(range(0, 16, 2))
 
 
 @pytest.mark.parametrize("answer", [42, 42.0, "42", "41 + 1 = 42\n#### 42", "#### $42.0"])
@@ -152,7 +143,7 @@ def test_an_answer_may_be_a_number_or_end_in_one(answer, tmp_path):
         ({"question": 5, "answer": "5"}, "line 12"),
     ],
 )
-def test_a_row_that_is_no_problem_is_named(row, message, tmp_path):
+def test_a_row_that_is_not_a_problem_is_named(row, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         gsm8k_task.load_problems(write_rows(tmp_path / "rows.jsonl", [*ROWS, row]))
 
@@ -161,19 +152,17 @@ def test_a_file_that_is_missing_or_too_small_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist; take"):
         gsm8k_task.load_problems(SimpleNamespace(path=str(tmp_path / "nothing.jsonl"), test_size=3))
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl has 3 problems, data\.test_size=3 leaves none"
+        ValueError, match=r"rows\.jsonl has 3 problems, and data\.test_size=3 leaves none"
     ):
         gsm8k_task.load_problems(write_rows(tmp_path / "rows.jsonl", ROWS[:3]))
 
 
-def test_a_question_that_holds_stop_tokens_and_tags_is_a_question(tmp_path, base_model):
-    # Catches: a prompt cut at a stop token; tags of the question counted as the answer's.
+def test_a_question_may_contain_stop_tokens_and_tags(tmp_path, base_model):
+    # Catches: a prompt cut at a stop token; tags in the question taken for the answer's.
     question = "Ann says <|im_end|></think>\n<answer>18</answer> and {braces}: how many?"
     data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"question": question, "answer": "18"}])
-    problem, tokenizer = (
-        gsm8k_task.load_problems(data)[1][-1],
-        Tokenizer.from_pretrained(base_model),
-    )
+    problem = gsm8k_task.load_problems(data)[1][-1]
+    tokenizer = Tokenizer.from_pretrained(base_model)
     asked = make_question(gsm8k_task, problem, tokenizer)
     assert question in asked.prompt
     assert tokenizer.decode(asked.prompt_token_ids) == asked.prompt
@@ -192,58 +181,42 @@ def test_a_question_that_holds_stop_tokens_and_tags_is_a_question(tmp_path, base
     assert {len(e.response_token_ids) for e in drawn} - {1}
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- a whole run
 
 
-def test_it_is_a_task_in_one_short_file():
+def test_it_is_a_task():
     assert load_task("examples.gsm8k_task") is gsm8k_task
-    assert len(Path(gsm8k_task.__file__).read_text().splitlines()) < 100
 
 
 @pytest.mark.usefixtures("own_signals")
 def test_a_model_trains_on_it_from_the_command_line_to_the_evaluation(base_model, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     run = tmp_path / "run"
-    assert (
-        train.main(
-            [
-                "--config",
-                str(ROOT / "examples/config_gsm8k.yaml"),
-                f"output_dir={run}",
-                f"model.path={base_model}",
-                "model.device=cpu",
-                "model.dtype=float32",
-                f"data.path={tmp_path / 'rows.jsonl'}",
-                "data.test_size=3",
-                "training.max_steps=2",
-                "training.batch_size=8",
-                "training.num_questions_per_batch=4",
-                "training.max_gen_len=29",
-                "training.skip_unfinished_episodes=false",
-            ]
-        )
-        == 0
-    )
+    arguments = [
+        f"--config={ROOT / 'examples/config_gsm8k.yaml'}",
+        f"output_dir={run}",
+        f"model.path={base_model}",
+        "model.device=cpu",
+        "model.dtype=float32",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "data.test_size=3",
+        "training.max_steps=2",
+        "training.batch_size=8",
+        "training.num_questions_per_batch=4",
+        "training.max_gen_len=29",
+        "training.skip_unfinished_episodes=false",
+    ]
+    assert train.main(arguments) == 0
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps, evaluations = (
-        [r for r in records if "reward" in r],
-        [r for r in records if "eval/success" in r],
-    )
+    steps = [r for r in records if "reward" in r]
+    evaluations = [r for r in records if "eval/success" in r]
     assert [r["step"] for r in steps] == [1, 2]
     assert {"rewards/answer", "rewards/format"} <= steps[0].keys()
     assert [r["eval/questions"] for r in evaluations] == [3, 3]
-    # evaluate.py gives the figures of the run's last evaluation again, from the checkpoint and the run's own config.
-    # Mutation: another purpose in seeded_generator.
+    # From the checkpoint and the run's config, evaluate.py repeats the run's last evaluation.
+    # Catches: a different purpose passed to seeded_generator.
     capsys.readouterr()
     assert evaluate.main([str(run), "--json", str(tmp_path / "report.json")]) == 0
     [model] = json.loads((tmp_path / "report.json").read_text())["models"]
-    for name in (
-        "success",
-        "success_low",
-        "success_high",
-        "reward",
-        "mean_length",
-        "finished",
-        "questions",
-    ):
+    for name in ("success", "success_low", "success_high", "reward", "mean_length", "finished"):
         assert model[name] == evaluations[-1][f"eval/{name}"]
