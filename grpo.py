@@ -216,6 +216,7 @@ class TokenLogprobs(torch.autograd.Function):
             sampling_logits(logits_CV, temperature, vocab_size)
             logprobs_CV = torch.log_softmax(logits_CV, dim=-1, out=logits_CV)
             logprobs_P[chunk] = logprobs_CV.gather(1, targets_P[chunk, None])[:, 0]
+            del logits_CV, logprobs_CV  # free this chunk before the next one is allocated
         return logprobs_P
 
     @staticmethod
@@ -233,6 +234,7 @@ class TokenLogprobs(torch.autograd.Function):
             grad_CV = grad_CV.to(head_VE.dtype)
             torch.mm(grad_CV, head_VE, out=grad_hidden_PE[chunk])
             grad_head_VE.addmm_(grad_CV.t(), hidden_PE[chunk])
+            del logits_CV, grad_CV
         return grad_hidden_PE, grad_head_VE, None, None, None
 
 

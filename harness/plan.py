@@ -27,8 +27,7 @@ RESERVE_BYTES = GIB  # left free if model.memory_gib is null
 STEP_BUFFERS = 4
 # "up until CUDA 12.4 and driver 550", per kernel of a graph (PyTorch, CUDAGraph Trees)
 GRAPH_BYTES = 2**16
-# float32 logits of a chunk of the loss and their gradient in bf16, and the logits of the next chunk
-CHUNK_BUFFERS = 3
+CHUNK_BUFFERS = 1.5  # float32 logits of a chunk of the loss, and their gradient in bf16
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
 TRANSIT = 2**23  # elements that the ranks exchange in one collective call
 
