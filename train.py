@@ -27,7 +27,8 @@ from tokenizer import Tokenizer
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 1 if the run had to stop, 2 for a user error, 128 + n for signal n."""
-    with Run(argv) as run:
+    with Run() as run:
+        run.open(argv)
         config, task, training = run.config, run.task, run.config.training
         dtype = getattr(torch, config.model.dtype)
         # model_dir is the base model, or the checkpoint that is resumed.

@@ -1,0 +1,130 @@
+"""Any of the hundred procedural tasks of reasoning-gym (github.com/open-thought/reasoning-gym).
+
+    uv run --group gym train.py --config config_cpu.yaml data.dataset=chain_sum data.max_terms=4
+
+`data.dataset` is the name of a task. All other keys of the section `data` that are not declared in
+Data below are parameters of that task. Problems are generated from seeds and scored by the task's
+own verifier.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from data_types import Reward
+from tokenizer import Tokenizer
+
+SYSTEM_MESSAGE = (
+    "Think briefly, step by step. "
+    "Then write the final answer, and nothing else, between <answer> and </answer>."
+)
+REMINDER = "Write the final answer between <answer> and </answer>."
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+SOLVED = 0.99  # some verifiers give partial credit below 1
+
+
+class Data(BaseModel, extra="allow", frozen=True):
+    """The section `data` of the config; keys that are not declared here go to the task."""
+
+    dataset: str  # a name from reasoning_gym.factory.DATASETS
+    test_size: int = Field(ge=1, le=10**6)  # held-out problems
+    train_size: int = Field(100_000, ge=1, le=10**9)  # training problems, generated when needed
+    seed: int = Field(0, ge=0)  # another seed gives other problems, held-out ones included
+    path: str | None = None  # inherited from config.yaml, not used
+
+
+@cache
+def reasoning_gym() -> ModuleType:
+    """Import the package. Raises ValueError if it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it depends on
+            import reasoning_gym
+    except ImportError as error:
+        raise ValueError(
+            f"the task needs the package reasoning-gym ({error}); install it with "
+            "`uv sync --group gym`, or start the program with `uv run --group gym`"
+        ) from None
+    return reasoning_gym
+
+
+class Problems(Sequence):
+    """Training problems, generated when they are asked for. None of them is a held-out one."""
+
+    def __init__(self, data: Data, held_out: set[str]):
+        self.data, self.held_out = data, held_out
+        self.dataset = _create_dataset(data, seed=data.seed, size=data.train_size)
+
+    def __len__(self) -> int:
+        return self.data.train_size
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        for i in range(range(len(self))[index], len(self)):
+            entry = self.dataset[i]
+            if entry["question"] not in self.held_out:
+                return {"dataset": self.data.dataset, "entry": entry}
+        raise ValueError(
+            f"data.dataset={self.data.dataset} has no training problem from index {index} on that "
+            "is not held out; lower data.test_size, or give the task a wider range of problems"
+        )
+
+
+def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Training and held-out problems: {"dataset": its name, "entry": what its verifier needs}.
+
+    Raises ValueError naming an unknown dataset or parameter.
+    """
+    test = {}  # by question, so that no question is held out twice
+    # Held-out problems come from seeds of their own.
+    candidates = _create_dataset(data, seed=data.seed + 10**9, size=20 * data.test_size)
+    for i in range(len(candidates)):
+        entry = candidates[i]
+        test.setdefault(entry["question"], {"dataset": data.dataset, "entry": entry})
+        if len(test) == data.test_size:
+            return Problems(data, set(test)), list(test.values())
+    raise ValueError(
+        f"data.dataset={data.dataset} has only {len(test)} different problems; lower "
+        f"data.test_size={data.test_size}, or give the task a wider range"
+    )
+
+
+def _create_dataset(data: Data, *, seed: int, size: int) -> Any:
+    gym, parameters = reasoning_gym(), data.model_extra or {}
+    try:
+        return gym.create_dataset(data.dataset, seed=seed, size=size, **parameters)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"reasoning-gym refuses data.dataset={data.dataset} with {parameters}: {error}; its "
+            "documentation lists the tasks and their parameters"
+        ) from None
+
+
+def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
+    messages = [
+        {"role": "system", "content": SYSTEM_MESSAGE},
+        {"role": "user", "content": f"{problem['entry']['question']}\n{REMINDER}"},
+    ]
+    return tokenizer.render_chat(messages)
+
+
+def reward_function(response: str, dataset: str, entry: dict[str, Any]) -> Reward:
+    """The verifier's score of the last <answer>…</answer>, plus 0.1 for the form.
+
+    The form is right if there is exactly one such block and the response ends with it.
+    """
+    answers = ANSWER.findall(response)
+    well_formed = float(len(answers) == 1 and response.rstrip().endswith("</answer>"))
+    score = 0.0
+    if answers:
+        verifier = reasoning_gym().get_score_answer_fn(dataset)
+        score = float(verifier(answers[-1].strip(), entry))
+    solved, answered = float(score >= SOLVED), float(bool(answers))
+    parts = {"format": well_formed, "answered": answered, "answer": solved}
+    return Reward(score + 0.1 * well_formed, parts)
