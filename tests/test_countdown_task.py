@@ -9,6 +9,7 @@ import re
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -408,21 +409,26 @@ def cpu_seconds(response: str) -> float:
 # long, linear work takes 10 times as long.
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_the_work_grows_in_proportion_to_the_text(make):
-    assert cpu_seconds(make(1_000_000)) < 40 * cpu_seconds(make(100_000))
+    assert cpu_seconds(make(100_000)) < 40 * cpu_seconds(make(10_000))
 
 
 # Catches: MAX_EXPRESSION_CHARS left out; the numbers compared after the arithmetic.
 def test_only_short_expressions_of_the_given_numbers_are_parsed_and_computed(monkeypatch):
     parsed, computed = [], []
-    parse, value = ast.parse, countdown_task._value
-    monkeypatch.setattr(
-        ast, "parse", lambda text, **kw: (parsed.append(text), parse(text, **kw))[1]
-    )
-    monkeypatch.setattr(
-        countdown_task, "_value", lambda tree: (computed.append(tree), value(tree))[1]
-    )
+    original_parse, original_value = ast.parse, countdown_task._value
+
+    def parse(text, **keywords):
+        parsed.append(text)
+        return original_parse(text, **keywords)
+
+    def value(tree):
+        computed.append(tree)
+        return original_value(tree)
+
+    monkeypatch.setattr(countdown_task, "ast", SimpleNamespace(**vars(ast) | {"parse": parse}))
+    monkeypatch.setattr(countdown_task, "_value", value)
     for make in HOSTILE.values():
-        for n in (500, 1_000_000):
+        for n in (500, 100_000):
             reward_function(make(n), (3, 5, 7), 22)
     assert 0 < len(parsed) <= 2 * len(HOSTILE)
     assert max(map(len, parsed)) <= 1000
