@@ -1,13 +1,14 @@
-"""Each relative of GRPO in variants/: its patch applies to a copy of the tree; the gradient of its whole update equals a loop
-written from the paper's equation, and the comparison notices a fault; two steps of the tiny run work.
+"""The variants of GRPO: each patch applies, and its update equals a loop written from its equation.
 
-The patched grpo.py is imported beside the real one, under another name: patches change grpo.py, train.py and config.yaml only.
+Patches change grpo.py and train.py. The patched grpo.py is imported under another name, beside the
+real one.
 """
 
 import importlib.util
 import json
 import math
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -25,16 +26,16 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))
-STEP = 0.003  # of the descent that stands in for the optimizer: a second step starts from other weights
+LEARNING_RATE = 0.003  # large enough that the second step starts from clearly different weights
 pytestmark = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(),
-    reason="patches are applied by git to a copy of a git checkout",
+    reason="git applies the patches to a copy of a git checkout",
 )
 
 
 def load(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -44,7 +45,7 @@ run = load(ROOT / "variants" / "run.py", "variants_run")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A function: the patched copy of the tree, made once a patch."""
+    """A function that returns the patched copy of the repository. It makes each copy once."""
 
     @cache
     def make(name: str) -> Path:
@@ -55,323 +56,334 @@ def tree(tmp_path_factory):
     return make
 
 
-def patched_grpo(tree: Path, mutation: tuple[str, str] | None = None) -> ModuleType:
-    path = tree / "grpo.py"
-    if mutation:
-        source = path.read_text()
-        assert source.count(mutation[0]) == 1
-        path = tree / "mutant.py"
-        path.write_text(source.replace(*mutation))
-    return load(path, "mutant" if mutation else "patched_grpo")
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("words")
+    write_word_tokenizer(directory, size=VOCAB, stop_ids=[7, 31, 40, 50])
+    return Tokenizer.from_pretrained(directory)
 
 
-# --- the equations, one answer and one token at a time
+# ---------------------------------------------------------------- the equations, token by token
+
+
+def expected_advantage(name: str, episodes: list[Episode], i: int) -> float:
+    reward, question = episodes[i].reward.total, episodes[i].question_id
+    group = [e.reward.total for e in episodes if e.question_id == question]
+    if len(set(group)) == 1:
+        return 0.0
+    if name == "rloo":
+        group.remove(reward)
+        return reward - fmean(group)
+    difference = reward - fmean(group)
+    if name == "dr-grpo":
+        return difference
+    if name == "maxrl":
+        return difference / fmean(group)
+    if name == "batch-std":
+        return difference / (pstdev([e.reward.total for e in episodes]) + 1e-4)
+    return difference / (pstdev(group) + 1e-4)
+
+
+def clipped_objective(ratio: torch.Tensor, advantage: float, low: float, high: float):
+    """PPO's objective. It is constant once the ratio has moved past the bound."""
+    if advantage > 0 and ratio > 1 + high:
+        return (1 + high) * advantage
+    if advantage < 0 and ratio < 1 - low:
+        return (1 - low) * advantage
+    return ratio * advantage
+
+
+def expected_objective(name: str, advantage: float, new, old: float, start: float):
+    """What a token adds to the objective. new, old, start: log π of policy, sampler and start."""
+    if name == "clip-higher":
+        return clipped_objective((new - old).exp(), advantage, 0.2, 0.28)
+    if name == "cispo":
+        return min(math.exp(new.item() - old), 5.0) * advantage * new
+    if name == "truncated-is":
+        return min(math.exp(new.item() - old), 2.0) * advantage * new
+    if name == "kl":
+        return advantage * new - 0.04 * (new - start) ** 2 / 2
+    return advantage * new
+
+
+def expected_loss(name: str, episodes: list[Episode], kept: list[int], model, start_model):
+    """The loss of the kept answers, each run alone by transformers."""
+    objective = 0.0
+    denominator = sum(len(episodes[i].response_token_ids) for i in kept)
+    denominator = {"dr-grpo": 448 * len(episodes), "gspo": len(kept)}.get(name, denominator)
+    for i in kept:
+        advantage = expected_advantage(name, episodes, i)
+        logprobs, olds = answer_logprobs(model, episodes[i]), episodes[i].response_logprobs
+        if name == "gspo":
+            difference = sum(new - old for new, old in zip(logprobs, olds, strict=True))
+            ratio = (difference / len(olds)).exp()
+            objective = objective + clipped_objective(ratio, advantage, 0.0015, 0.002)
+            continue
+        starts = answer_logprobs(start_model, episodes[i]).tolist() if name == "kl" else olds
+        for new, old, start in zip(logprobs, olds, starts, strict=True):
+            objective = objective + expected_objective(name, advantage, new, old, start)
+    return -objective / denominator
 
 
 def answer_logprobs(model, e: Episode) -> torch.Tensor:
-    """By transformers, each answer alone."""
     tokens = e.prompt_token_ids + e.response_token_ids
     logits_SV = model(torch.tensor([tokens])).logits[0, :, :VOCAB] / TEMPERATURE
-    start = len(e.prompt_token_ids)
-    return torch.log_softmax(logits_SV, dim=-1)[
-        range(start - 1, len(tokens) - 1), e.response_token_ids
-    ]
+    positions = range(len(e.prompt_token_ids) - 1, len(tokens) - 1)
+    return torch.log_softmax(logits_SV, dim=-1)[positions, e.response_token_ids]
 
 
-def clipped(ratio: torch.Tensor, advantage: float, low: float, high: float) -> torch.Tensor:
-    bounded = min(max(ratio.item(), 1 - low), 1 + high)
-    return (
-        ratio * advantage
-        if ratio.item() * advantage <= bounded * advantage
-        else bounded * advantage + 0.0 * ratio
-    )
-
-
-def equation(
-    name: str, episodes: list[Episode], i: int, logprobs: torch.Tensor, start: torch.Tensor
-) -> torch.Tensor:
-    """What answer i adds to the loss; logprobs and start: of its tokens, by the policy and by the model training began with."""
-    e = episodes[i]
-    group = [other.reward.total for other in episodes if other.question_id == e.question_id]
-    others = [
-        o.reward.total for j, o in enumerate(episodes) if o.question_id == e.question_id and j != i
-    ]
-    difference = e.reward.total - fmean(group)
-    advantage = 0.0 if len(set(group)) == 1 else difference / (pstdev(group) + 1e-4)
-    kept = [other for other in episodes if other.is_finished or name == "soft-overlong"]
-    num_tokens = sum(len(other.response_token_ids) for other in kept)
-    if name == "dr-grpo":
-        return -difference * logprobs.sum() / (448 * len(episodes))
-    if name == "rloo":
-        return -(e.reward.total - fmean(others)) * logprobs.sum() / num_tokens
-    if name == "gspo":
-        log_ratio = sum(
-            new - old for new, old in zip(logprobs, e.response_logprobs, strict=True)
-        ) / len(logprobs)
-        return -clipped(log_ratio.exp(), advantage, 0.0015, 0.002) / len(kept)
-    total = torch.zeros(())
-    for new, old, began in zip(logprobs, e.response_logprobs, start, strict=True):
-        if name == "clip-higher":
-            total = total - clipped((new - old).exp(), advantage, 0.2, 0.28) / num_tokens
-        elif name == "truncated-is":
-            total = total - min(math.exp(new.item() - old), 2.0) * advantage * new / num_tokens
-        elif name == "kl":
-            total = (
-                total
-                - (advantage * new - 0.04 * ((began - new).exp() - (began - new) - 1)) / num_tokens
-            )
-        else:
-            total = total - advantage * new / num_tokens
-    return total
-
-
-def expected_gradients(
-    name: str, episodes: list[Episode], steps: int, *, skip_unfinished: bool
-) -> list[dict]:
-    model, start = reference_model(random_model()), reference_model(random_model(seed=1))
-    gradients = []
-    for _ in range(steps):
-        model.zero_grad()
-        for i, e in enumerate(episodes):
-            if e.is_finished or not skip_unfinished:
-                with torch.no_grad():
-                    began = answer_logprobs(start, e)
-                equation(name, episodes, i, answer_logprobs(model, e), began).backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= STEP * p.grad
-    return gradients
-
-
-class Descent:
-    """Stands where the optimizer does: keeps the gradients, takes plain steps."""
+class GradientDescent(torch.optim.SGD):
+    """Keeps the gradient of each step."""
 
     def __init__(self, model):
+        super().__init__(model.parameters(), lr=LEARNING_RATE)
         self.model, self.gradients = model, []
 
-    @torch.no_grad()
     def step(self):
         self.gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters()})
-        for p in self.model.parameters():
-            p -= STEP * p.grad
-
-    def zero_grad(self):
-        self.model.zero_grad()
+        super().step()
 
 
-def assert_update_equals_the_equation(
-    name: str, grpo: ModuleType, episodes: list[Episode], *, skip_unfinished=True
+def assert_update_equals_equation(
+    name: str, grpo: ModuleType, episodes: list[Episode], *, skip_unfinished: bool = True
 ) -> None:
-    model, steps = random_model(), 2 if name in ("clip-higher", "gspo") else 1
-    descent, start = Descent(model), {"start": random_model(seed=1)} if name == "kl" else {}
+    model = random_model()
+    optimizer = GradientDescent(model)
     grpo.update_policy(
         model,
-        descent,
+        optimizer,
         episodes,
         max_grad_norm=math.inf,
         skip_unfinished=skip_unfinished,
         temperature=TEMPERATURE,
         vocab_size=VOCAB,
         micro_batch_tokens=47,
-        **start,
+        **({"start": random_model(seed=1)} if name == "kl" else {}),
     )
-    wanted = expected_gradients(name, episodes, steps, skip_unfinished=skip_unfinished)
-    assert len(descent.gradients) == steps
-    for got, gradient in zip(descent.gradients, wanted, strict=True):
-        assert_same_gradient(got, gradient)
+    steps = 2 if name in ("clip-higher", "cispo", "gspo") else 1
+    assert len(optimizer.gradients) == steps
+    kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
+    reference, start_model = reference_model(random_model()), reference_model(random_model(seed=1))
+    expected = GradientDescent(reference)
+    for step in range(steps):
+        expected.zero_grad()
+        expected_loss(name, episodes, kept, reference, start_model).backward()
+        expected.step()
+        assert_same_gradient(optimizer.gradients[step], expected.gradients[step])
 
 
 @cache
 def off_policy_batch() -> list[Episode]:
-    """The ragged batch of test_grpo, some of it unfinished, one group of equal rewards. The policy differs from the sampler: token
-    by token so that every bound has ratios on both its sides, in a third of the answers so little that the ratio of the whole
-    lies between GSPO's two bounds.
+    """The ragged batch of test_grpo, with log-probabilities of another sampler.
+
+    The ratios of tokens lie on both sides of each bound. In every third answer they are so close to
+    1 that the ratio of the answer lies between the two bounds of GSPO.
     """
     model, episodes = reference_model(random_model()), []
-    log_ratios = [-0.9, -0.27, -0.1, 0.1, 0.21, 0.6, 0.85]
+    log_ratios = [-0.9, -0.27, -0.1, 0.1, 0.21, 0.8, 1.8]
     for i, e in enumerate(batch(True)):
         with torch.no_grad():
-            logprobs = answer_logprobs(model, e)
-        difference = torch.tensor([log_ratios[(i + t) % 7] for t in range(len(logprobs))])
+            logprobs = answer_logprobs(model, e).tolist()
+        differences = [log_ratios[(i + t) % 7] for t in range(len(logprobs))]
         if i % 3 == 0:
-            difference[:] = 0.00175 if e.reward.total >= 1.0 else -0.00175
-        episodes.append(replace(e, response_logprobs=(logprobs - difference).tolist()))
+            differences = [0.00175 if e.reward.total >= 1.0 else -0.00175] * len(logprobs)
+        sampled = [x - difference for x, difference in zip(logprobs, differences, strict=True)]
+        episodes.append(replace(e, response_logprobs=sampled))
     return episodes
 
 
-# --- those that change what rollout does
+# ---------------------------------------------------------------- variants that change the rollout
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.from_pretrained(
-        write_word_tokenizer(tmp_path_factory.mktemp("words"), size=VOCAB, stop_ids=[7, 31, 40, 50])
-    )
+def rollout_settings(tokenizer, rewards: list[float]) -> dict:
+    """Questions 0, 2, 3 and 6 give all their answers the same reward.
+
+    The reward of each answer is appended to `rewards` in the order of scoring.
+    """
+
+    def reward_function(text, equal):
+        rewards.append(0.1 if equal else float(len(text) % 3))
+        return Reward(rewards[-1], {})
+
+    questions = []
+    for i in range(12):
+        prompt = random_tokens(3 + i % 5, seed=i, vocab_size=VOCAB).tolist()
+        questions.append(Question("", prompt, {"equal": i in (0, 2, 3, 6)}))
+    return {
+        "model": random_model(),
+        "tokenizer": tokenizer,
+        "questions": questions,
+        "num_answers": 4,
+        "max_gen_len": 20,
+        "temperature": TEMPERATURE,
+        "reward_function": reward_function,
+        "generator": torch.Generator().manual_seed(0),
+    }
 
 
-def rollout_settings(tokenizer, calls: list) -> dict:
-    """Questions whose answers are worth the same (flat) or not; calls: the reward of each answer that was scored, in order."""
-
-    def reward(text, flat):
-        calls.append(0.1 if flat else float(len(text) % 3))
-        return Reward(calls[-1], {})
-
-    prompts = [random_tokens(3 + i % 5, seed=i, vocab_size=VOCAB).tolist() for i in range(12)]
-    questions = [
-        Question("", prompt, {"flat": i in (0, 2, 3, 6)}) for i, prompt in enumerate(prompts)
-    ]
-    return dict(  # noqa: C408
-        model=random_model(),
-        tokenizer=tokenizer,
-        questions=questions,
-        num_answers=4,
-        max_gen_len=20,
-        temperature=TEMPERATURE,
-        reward_function=reward,
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-def assert_further_questions_are_asked(grpo: ModuleType, tokenizer: Tokenizer) -> None:
-    """DAPO, eq. 11, as a loop over what was scored: flat groups do not count, and as many more are asked as are missing."""
-    calls = []
-    settings = rollout_settings(tokenizer, calls)
-    episodes = grpo.rollout_of_unequal(num_groups=5, **settings)
-    groups = [calls[i : i + 4] for i in range(0, len(calls), 4)]
+def assert_more_questions_are_asked(grpo: ModuleType, tokenizer: Tokenizer) -> None:
+    """DAPO, eq. 11. Each round asks as many questions as groups are missing."""
+    rewards = []
+    settings = rollout_settings(tokenizer, rewards)
+    episodes = grpo.rollout_unequal(num_groups=5, **settings)
+    groups = [rewards[i : i + 4] for i in range(0, len(rewards), 4)]
     unequal = [i for i, group in enumerate(groups) if min(group) < max(group)]
-    asked, have = 0, 0
-    while have < 5 and asked < 12:
-        asked, have = asked + 5 - have, len([i for i in unequal if i < asked + 5 - have])
-    assert 5 < len(groups) == asked < 12  # neither the first five were enough, nor were all asked
+    asked, found = 0, 0
+    while found < 5 and asked < 12:
+        asked += 5 - found
+        found = len([i for i in unequal if i < asked])
+    assert 5 < len(groups) == asked < 12  # more than one round, but not all questions
     assert [e.question_id for e in episodes] == [i for i in unequal for _ in range(4)]
     for e in episodes:
         assert e.prompt_token_ids == settings["questions"][e.question_id].prompt_token_ids
     assert [e.reward.total for e in episodes] == [r for i in unequal for r in groups[i]]
-    assert_update_equals_the_equation("dynamic-sampling", grpo, episodes)
-    flat = [q for q in settings["questions"] if q.problem["flat"]]
-    answers = grpo.rollout_of_unequal(num_groups=1, **settings | {"questions": flat})
-    assert [e.question_id for e in answers] == [
-        3
-    ] * 4  # the last that was asked: the update says that there is nothing to learn
+    assert_update_equals_equation("dynamic-sampling", grpo, episodes)
+    settings["questions"] = [q for q in settings["questions"] if q.problem["equal"]]
+    episodes = grpo.rollout_unequal(num_groups=1, **settings)
+    assert [e.question_id for e in episodes] == [3] * 4  # all are equal, so the last group
+    drawn = [grpo.draw_problems(range(24), step, count=3, seed=0) for step in (1, 2)]
+    assert sorted(drawn[0] + drawn[1]) == list(range(24))  # each step owns 4 x 3 problems
 
 
-def assert_long_answers_pay(grpo: ModuleType, tokenizer: Tokenizer) -> None:
-    """DAPO, eq. 13: L_max = 20 tokens, L_cache = 4."""
-    calls = []
-    episodes = grpo.rollout(**rollout_settings(tokenizer, calls))
+def assert_long_answers_lose_reward(grpo: ModuleType, tokenizer: Tokenizer) -> None:
+    """DAPO, eq. 13, with L_max = 20 tokens and L_cache = 4."""
+    rewards = []
+    episodes = grpo.rollout(**rollout_settings(tokenizer, rewards))
     lengths = [len(e.response_token_ids) for e in episodes]
-    punished = [0.0 if n <= 16 else (16 - n) / 4 if n < 20 else -1.0 for n in lengths]
-    assert {0.0, -1.0} < set(punished)
-    assert [e.reward.total for e in episodes] == pytest.approx(
-        [r + p for r, p in zip(calls, punished, strict=True)]
-    )
-    assert not all(e.is_finished for e in episodes)
-    assert_update_equals_the_equation("soft-overlong", grpo, episodes, skip_unfinished=False)
+    penalties = [0.0 if n <= 16 else (16 - n) / 4 for n in lengths]
+    assert min(penalties) == -1.0
+    assert max(penalties) == 0.0
+    expected = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True)]
+    assert [e.reward.total for e in episodes] == pytest.approx(expected)
+    assert_update_equals_equation("soft-overlong", grpo, episodes, skip_unfinished=False)
 
 
 def check(name: str, grpo: ModuleType, tokenizer: Tokenizer) -> None:
     if name == "dynamic-sampling":
-        assert_further_questions_are_asked(grpo, tokenizer)
+        assert_more_questions_are_asked(grpo, tokenizer)
     elif name == "soft-overlong":
-        assert_long_answers_pay(grpo, tokenizer)
+        assert_long_answers_lose_reward(grpo, tokenizer)
     else:
-        assert_update_equals_the_equation(name, grpo, off_policy_batch())
+        assert_update_equals_equation(name, grpo, off_policy_batch())
 
 
-# --- the tests
+# ---------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_variant_does_what_its_equation_says(name, tree, tokenizer):
-    # Catches, in the patches, each of MUTATIONS; the next test sees them caught.
-    check(name, patched_grpo(tree(name)), tokenizer)
+def test_variant_equals_its_equation(name, tree, tokenizer):
+    # Catches: each of MUTATIONS, as test_mutation_is_caught shows.
+    check(name, load(tree(name) / "grpo.py", "patched_grpo"), tokenizer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patch_has_header_and_is_short(name):
+    patch = (ROOT / "variants" / f"{name}.patch").read_text()
+    header = patch.partition("\ndiff --git ")[0]
+    assert "\n\nWhen: " in header
+    assert "arXiv:" in header
+    added, removed = (int(number[1:]) for number in run.patch_size(name).split())
+    assert 0 < added + removed <= 30
+    readme = (ROOT / "variants" / "README.md").read_text()
+    assert f"| `{name}` | {run.patch_size(name)} |" in readme
+
+
+def test_dapo_is_three_patches_together(tmp_path):
+    run.make_tree("clip-higher", tmp_path)
+    for name in ("dynamic-sampling", "soft-overlong"):
+        patch = ROOT / "variants" / f"{name}.patch"
+        subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+
+
+def seed_run(successes: list[float], answers: int = 100):
+    """An evaluation before the first step and after every second one."""
+    metrics = []
+    for i, success in enumerate(successes):
+        interval = {"eval/success_low": 0.25, "eval/success_high": 0.75}
+        metrics.append({"step": 2 * i, "eval/success": success, **interval})
+    return run.SeedRun(metrics=metrics, seconds=7.0, answers=[answers] * (2 * len(successes)))
+
+
+def test_table_ranks_by_answers_until_success():
+    # Catches: >= -> > in answers_until; [: record["step"]] -> [: record["step"] + 1]; the order of
+    # TARGETS; T_95[len(values) + 1]; math.inf -> 0.0 in mean_answers.
+    results = {
+        "kl": [seed_run([0.1, 0.8, 0.8])] * 2 + [seed_run([0.1, 0.5, 0.6])],
+        "grpo": [seed_run([0.1, 0.8, 0.95], answers) for answers in (100, 200, 300)],
+        "rloo": [seed_run([0.5, 0.9, 0.7])],
+    }
+    rows = [row.strip("| ").split(" | ") for row in run.table(results).splitlines()[2:]]
+    assert rows[0][:4] == ["rloo", run.patch_size("rloo"), "200", "200"]
+    assert rows[0][4::3] == ["50.0% (25.0% … 75.0%)", "7"]
+    assert rows[1][0] == "grpo"
+    assert rows[1][2] == "800 (0 … 1,794)"  # 400, 800, 1200: 800 ± 4.303 · 400 / √3
+    assert rows[1][4] == "10.0% (10.0% … 10.0%)"
+    assert rows[2][0] == "kl"
+    assert rows[2][2:4] == ["-", "- (2 of 3 seeds)"]
+
+
+def test_answers_sampled_includes_replaced_questions():
+    # Catches: counting the questions of the batch where dynamic-sampling asked more.
+    training = {"batch_size": 32, "num_questions_per_batch": 4, "max_steps": 3}
+    assert run.answers_sampled("step 1\n", training) == [32, 32, 32]
+    output = "asked 4 questions for 4 groups\nstep 1\nasked 7 questions for 4 groups\n"
+    assert run.answers_sampled(output, training) == [32, 56]
 
 
 MUTATIONS = [
-    ("dr-grpo", "TOKENS_PER_ANSWER * len(episodes)", "TOKENS_PER_ANSWER * len(kept)"),
-    ("dr-grpo", "TOKENS_PER_ANSWER = 448", "TOKENS_PER_ANSWER = 449"),
-    (
-        "dr-grpo",
-        "rewards_NM - rewards_NM.mean(dim=1, keepdim=True)",
-        "rewards_NM.mean(dim=1, keepdim=True) - rewards_NM",
-    ),
+    ("dr-grpo", "(ANSWER_TOKENS * len(episodes))", "(ANSWER_TOKENS * len(kept))"),
+    ("dr-grpo", "rewards_NM - rewards_NM.mean(", "rewards_NM - rewards_NM.median("),
     ("rloo", "(rewards_NM.shape[1] - 1)", "rewards_NM.shape[1]"),
     ("rloo", "rewards_NM - others_NM", "others_NM - rewards_NM"),
-    ("clip-higher", "CLIP_LOW, CLIP_HIGH = 0.2, 0.28", "CLIP_LOW, CLIP_HIGH = 0.2, 0.2"),
-    ("clip-higher", "CLIP_LOW, CLIP_HIGH = 0.2, 0.28", "CLIP_LOW, CLIP_HIGH = 0.28, 0.28"),
-    ("clip-higher", "torch.minimum", "torch.maximum"),
-    ("clip-higher", "for _ in range(STEPS)", "for _ in range(1)"),
-    ("gspo", "CLIP_LOW, CLIP_HIGH = 0.0015, 0.002", "CLIP_LOW, CLIP_HIGH = 0.0015, 0.0015"),
-    ("gspo", "CLIP_LOW, CLIP_HIGH = 0.0015, 0.002", "CLIP_LOW, CLIP_HIGH = 0.002, 0.002"),
-    ("gspo", "logprobs_P), len(kept),", "logprobs_P), num_tokens,"),
-    ("gspo", "part.mean()", "part.sum()"),
-    ("kl", "- BETA * divergence_P", "+ BETA * divergence_P"),
-    ("kl", "row.sampler_logprobs_P - logprobs_P\n", "logprobs_P - row.sampler_logprobs_P\n"),
-    (
-        "kl",
-        "    learned = kept\n",
-        "    learned = [(e, advantage) for e, advantage in kept if advantage != 0]\n",
-    ),
+    ("maxrl", "(rewards_NM - mean_N1) / mean_N1", "(rewards_NM - mean_N1) / mean_N1.sqrt()"),
+    ("maxrl", "(rewards_NM - mean_N1) / mean_N1", "rewards_NM / mean_N1"),
+    ("batch-std", ".std(correction=0).item()", ".std().item()"),
+    ("batch-std", "rewards_1M, batch_std", "rewards_1M, rewards_1M.std(correction=0)"),
+    ("clip-higher", "2, 0.2, 0.28", "2, 0.2, 0.2"),
+    ("clip-higher", "2, 0.2, 0.28", "2, 0.28, 0.28"),
+    ("clip-higher", "torch.min", "torch.max"),
+    ("clip-higher", "in range(STEPS)", "in range(1)"),
+    ("cispo", "STEPS, MAX_WEIGHT = 2, 5.0", "STEPS, MAX_WEIGHT = 2, 4.0"),
+    ("cispo", "(logprobs_P.detach() - micro_batch.sampler_", "(logprobs_P - micro_batch.sampler_"),
+    ("cispo", "in range(STEPS)", "in range(1)"),
+    ("gspo", "2, 0.0015, 0.002", "2, 0.0015, 0.0015"),
+    ("gspo", "2, 0.0015, 0.002", "2, 0.002, 0.002"),
+    ("gspo", "sum() / len(kept)", "sum() / num_tokens"),
+    ("gspo", "difference_P.mean()", "difference_P.sum()"),
+    ("kl", "logprobs_P - penalty_P", "logprobs_P + penalty_P"),
+    ("kl", "BETA / 2 *", "BETA *"),
+    ("kl", "answers = kept  #", "answers = [pair for pair in kept if pair[1] != 0]  #"),
     ("dynamic-sampling", "> 1:\n                kept", "> 0:\n                kept"),
-    ("dynamic-sampling", "asked += missing", "asked += num_groups"),
+    ("dynamic-sampling", "asked + num_groups - len(kept) // num_answers", "asked + num_groups"),
     ("dynamic-sampling", "asked + e.question_id", "e.question_id"),
+    ("dynamic-sampling", "ROUNDS * count, []", "count, []"),
     ("soft-overlong", "max_gen_len / 5", "max_gen_len / 4"),
     ("soft-overlong", "reward.total + length_reward", "reward.total - length_reward"),
     ("truncated-is", "CAP = 2.0", "CAP = 2.5"),
     ("truncated-is", "= (logprobs_P.detach() -", "= (logprobs_P -"),
-    ("truncated-is", "clamp(max=CAP)", "clamp(min=1 / CAP)"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "right", "wrong"), MUTATIONS, ids=[f"{n}: {wrong}" for n, _, wrong in MUTATIONS]
-)
-def test_the_comparison_notices_a_fault(name, right, wrong, tree, tokenizer):
-    mutant = patched_grpo(tree(name), (right, wrong))
+@pytest.mark.parametrize(("name", "right", "wrong"), MUTATIONS, ids=str)
+def test_mutation_is_caught(name, right, wrong, tree, tokenizer):
+    source = (tree(name) / "grpo.py").read_text()
+    assert source.count(right) == 1
+    (tree(name) / "mutant.py").write_text(source.replace(right, wrong))
+    mutant = load(tree(name) / "mutant.py", "mutant")
     with pytest.raises(AssertionError):
         check(name, mutant, tokenizer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tiny_run_makes_two_steps(name, tree, tmp_path, monkeypatch, own_signals):
-    # Catches, in the patches: an argument of update_policy or rollout that train.py does not hand over.
-    monkeypatch.chdir(tree(name))
-    monkeypatch.setitem(sys.modules, "grpo", patched_grpo(tree(name)))
-    arguments = [
-        "--config",
-        "config_tiny.yaml",
-        f"output_dir={tmp_path}/run",
-        "training.max_steps=2",
-        "training.batch_size=32",
-        "training.num_questions_per_batch=4",
-        "data.test_size=4",
-        "training.max_gen_len=96",
-    ]
-    assert load(tree(name) / "train.py", "patched_train").main(arguments) == 0
-    records = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    steps = [record for record in records if "loss" in record]
+def test_tiny_run_takes_two_steps(name, tree, tmp_path):
+    # Catches, in the patches: an argument that train.py does not pass on.
+    command = [sys.executable, "train.py", "--config", "config_tiny.yaml"]
+    command += [f"output_dir={tmp_path}/run", "training.max_steps=2", "training.max_gen_len=96"]
+    command += ["training.batch_size=32", "training.num_questions_per_batch=4", "data.test_size=4"]
+    subprocess.run(command, cwd=tree(name), check=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     assert any(record["weights_changed"] > 0.5 for record in steps)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_patch_says_what_it_is_and_fits_a_screen(name):
-    head, _, diff = (ROOT / "variants" / f"{name}.patch").read_text().partition("\ndiff --git ")
-    assert "When: " in head
-    assert "arXiv:" in head
-    changed = [
-        line
-        for line in diff.splitlines()
-        if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")
-    ]
-    assert 0 < len(changed) <= 30
-    added = sum(line[0] == "+" for line in changed)
-    assert (
-        f"| `{name}` | +{added} −{len(changed) - added} |"
-        in (ROOT / "variants" / "README.md").read_text()
-    )

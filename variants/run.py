@@ -1,133 +1,210 @@
-"""Train the tiny model by relatives of GRPO: uv run variants/run.py NAME… [key.path=value…] [--seeds 1 2 3]
+"""Train the tiny model with variants of GRPO and rank them by the answers they need.
 
-For each NAME and seed the tracked files are copied to a temporary directory, variants/NAME.patch is applied there ("grpo": no
-patch), and config_tiny.yaml is run. Prints a line a run and, at the end, a row of the table a NAME. The runs are kept in
-runs/variants/NAME-SEED, the mean of their curves in runs/variants/NAME, for plot.py.
+    uv run variants/run.py NAME... [key.path=value ...] [--seeds 1 2 3]
+
+NAME is a patch in variants/, or "grpo" for the core as it is. For each name and seed, the tracked
+files are copied to a temporary directory, the patch is applied there, and config_tiny.yaml is run
+with the given settings. The runs are kept in runs/variants/NAME-SEED, and the mean of their curves
+in runs/variants/NAME, for plot.py.
+
+The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
+until success on the held-out questions first reaches 90 %, "-" if it never does. Success is known
+at evaluations only, so training.eval_interval sets how exact this is. Values are means over the
+seeds with the 95 % interval of the mean (Student's t).
 """
 
 import argparse
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from math import sqrt
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
-T_95 = [
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-]  # Student's t for a 95 % interval, by the number of seeds less 2
+RUNS = ROOT / "runs" / "variants"
+# The 97.5 % quantile of Student's t distribution, by the number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
+TARGETS = (0.9, 0.8)
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    metrics: list[dict]  # the lines of metrics.jsonl
+    seconds: float  # of all rollouts and updates
+    answers: list[int]  # sampled in each step
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny model by relatives of GRPO.")
-    parser.add_argument(
-        "names",
-        nargs="+",
-        metavar="NAME",
-        help="of a patch in variants/, grpo, or key.path=value for all runs",
-    )
+    parser = argparse.ArgumentParser(description="Train the tiny model with variants of GRPO.")
+    what = "a patch in variants/, grpo, or key.path=value for all runs"
+    parser.add_argument("names", nargs="+", metavar="NAME", help=what)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     arguments = parser.parse_args(argv)
     settings = [name for name in arguments.names if "=" in name]
-    rows = [row(name, arguments.seeds, settings) for name in arguments.names if "=" not in name]
-    print(
-        "\n| variant | lines | before | halfway | after | seconds |\n| --- | --- | --- | --- | --- | --- |",
-        *rows,
-        sep="\n",
-    )
+    names = [name for name in arguments.names if "=" not in name]
+    known = ["grpo", *sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))]
+    for name in names:
+        if name not in known:
+            parser.error(f"there is no variant {name!r}; choose from {', '.join(known)}")
+    if len(arguments.seeds) > max(T_95):
+        parser.error(f"got {len(arguments.seeds)} seeds; at most {max(T_95)} are possible")
+    results = {}
+    for name in names:
+        results[name] = [train(name, seed, settings) for seed in arguments.seeds]
+        (RUNS / name).mkdir(exist_ok=True)
+        lines = [json.dumps(record) + "\n" for record in mean_curve(results[name])]
+        (RUNS / name / "metrics.jsonl").write_text("".join(lines))
+    print("\n" + table(results))
+
+
+# ---------------------------------------------------------------- one run
 
 
 def make_tree(name: str, directory: Path) -> None:
-    """The tracked files as they are now, with the patch of that name."""
-    for line in subprocess.run(
+    """Copy the tracked files as they are now, and apply the patch of that name."""
+    listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0"):
-        if line and (ROOT / line).is_file():
-            (directory / line).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / line, directory / line)
+    )
+    for file in listed.stdout.split("\0"):
+        if file and (ROOT / file).is_file():
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, directory / file)
     if name != "grpo":
-        subprocess.run(
-            ["git", "init", "-q"], cwd=directory, check=True
-        )  # or git looks for the files in a repository around it
-        subprocess.run(
-            ["git", "apply", ROOT / "variants" / f"{name}.patch"], cwd=directory, check=True
-        )
+        # Without a repository of its own, git would take the paths from one around the directory.
+        subprocess.run(["git", "init", "-q"], cwd=directory, check=True)
+        patch = ROOT / "variants" / f"{name}.patch"
+        subprocess.run(["git", "apply", patch], cwd=directory, check=True)
 
 
-def row(name: str, seeds: list[int], settings: list[str]) -> str:
-    runs, seconds = [], []
-    for seed in seeds:
-        out = ROOT / "runs" / "variants" / f"{name}-{seed}"
-        with tempfile.TemporaryDirectory() as directory:
-            make_tree(name, Path(directory))
-            command = [
-                sys.executable,
-                "train.py",
-                "--config",
-                "config_tiny.yaml",
-                f"output_dir={out}",
-                f"training.seed={seed}",
-            ]
-            done = subprocess.run(
-                [*command, *settings], cwd=directory, capture_output=True, text=True
-            )
-        if done.returncode:
-            sys.exit(f"{name}, seed {seed}:\n{done.stdout}{done.stderr}")
-        runs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
-        seconds.append(
-            sum(
-                json.loads(line).get("seconds", 0.0)
-                for line in (out / "timings.jsonl").read_text().splitlines()
-            )
-        )
-        before, after = ([r for r in runs[-1] if "eval/success" in r][i] for i in (0, -1))
-        print(
-            f"{name}, seed {seed}: {_share(before)} to {_share(after)}, {seconds[-1]:.0f} s",
-            flush=True,
-        )
-    keys = [key for key in runs[0][0] | runs[0][1] if not key.startswith("skipped")]
-    mean = [
-        {key: fmean(r[key] for r in same) for key in keys if key in same[0]}
-        for same in zip(*runs, strict=True)
-    ]
-    cells = []
-    for i, record in enumerate(mean):
-        if "eval/success" in record:
-            rates = [run[i]["eval/success"] for run in runs]
-            if len(rates) > 1:  # else the interval is that of the run's own questions
-                half = T_95[len(rates) - 2] * stdev(rates) / sqrt(len(rates))
-                low, high = (
-                    max(0.0, record["eval/success"] - half),
-                    min(1.0, record["eval/success"] + half),
-                )
-                mean[i] |= {"eval/success_low": low, "eval/success_high": high}
-            cells.append(_share(mean[i]))
-    (ROOT / "runs" / "variants" / name).mkdir(exist_ok=True)
-    (ROOT / "runs" / "variants" / name / "metrics.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in mean)
+def train(name: str, seed: int, settings: list[str]) -> SeedRun:
+    out = RUNS / f"{name}-{seed}"
+    command = [sys.executable, "train.py", "--config", "config_tiny.yaml"]
+    command += [f"output_dir={out}", f"training.seed={seed}", *settings]
+    with tempfile.TemporaryDirectory() as directory:
+        make_tree(name, Path(directory))
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name}, seed {seed}:\n{done.stdout}{done.stderr}")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+    config = yaml.safe_load((out / "config.yaml").read_text())["training"]
+    result = SeedRun(
+        metrics=metrics,
+        seconds=sum(record.get("seconds", 0.0) for record in timings),
+        answers=answers_sampled(done.stdout, config),
     )
-    patch = (
-        (ROOT / "variants" / f"{name}.patch").read_text().split("\ndiff --git ", 1)[1]
-        if name != "grpo"
-        else ""
-    )
-    lines = [
-        sum(line[:1] == sign and line[:3] != 3 * sign for line in patch.splitlines())
-        for sign in "+-"
-    ]
-    return f"| {name} | +{lines[0]} −{lines[1]} | {cells[0]} | {cells[len(cells) // 2]} | {cells[-1]} | {fmean(seconds):.0f} |"
+    before, after = evaluations(result)[0], evaluations(result)[-1]
+    shares = f"{before['eval/success']:.1%} to {after['eval/success']:.1%}"
+    print(f"{name}, seed {seed}: {shares}, {result.seconds:.0f} s", flush=True)
+    return result
 
 
-def _share(record: dict) -> str:
-    return f"{record['eval/success']:.1%} ({record['eval/success_low']:.1%} … {record['eval/success_high']:.1%})"
+def answers_sampled(output: str, training: dict) -> list[int]:
+    """The answers sampled in each step. dynamic-sampling prints how many questions it asked."""
+    questions = [int(number) for number in re.findall(r"asked (\d+) questions", output)]
+    if not questions:
+        questions = [training["num_questions_per_batch"]] * training["max_steps"]
+    num_answers = training["batch_size"] // training["num_questions_per_batch"]
+    return [number * num_answers for number in questions]
+
+
+# ---------------------------------------------------------------- all seeds of a variant
+
+
+def evaluations(run: SeedRun) -> list[dict]:
+    return [record for record in run.metrics if "eval/success" in record]
+
+
+def answers_until(target: float, run: SeedRun) -> int | None:
+    """Answers sampled until held-out success first reaches the target; None if it never does."""
+    for record in evaluations(run):
+        if record["eval/success"] >= target:
+            return sum(run.answers[: record["step"]])
+    return None
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and the 95 % interval of the mean from the spread of the values."""
+    mean = fmean(values)
+    if len(values) == 1:
+        return mean, math.nan, math.nan
+    half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def mean_curve(runs: list[SeedRun]) -> list[dict]:
+    """The mean over the seeds of each metric at each step. Success has the interval of its mean."""
+    curve = []
+    for records in zip(*(run.metrics for run in runs), strict=True):
+        mean = {}
+        for key in records[0]:
+            values = [record.get(key) for record in records]
+            if all(isinstance(value, int | float) for value in values):
+                mean[key] = fmean(values)
+        if "eval/success" in mean and len(runs) > 1:  # one run has the interval of its questions
+            _, low, high = interval([record["eval/success"] for record in records])
+            mean |= {"eval/success_low": max(0.0, low), "eval/success_high": min(1.0, high)}
+        curve.append(mean)
+    return curve
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(results: dict[str, list[SeedRun]]) -> str:
+    """One row per variant, ranked by the mean number of answers to 90 %, then to 80 %."""
+
+    def rank(name: str) -> list[float]:
+        return [mean_answers(target, results[name]) for target in TARGETS]
+
+    head = "| variant | lines | to 90 % | to 80 % | before | halfway | after | seconds |"
+    rows = [row(name, results[name]) for name in sorted(results, key=rank)]
+    return "\n".join([head, "| --- " * 8 + "|", *rows])
+
+
+def mean_answers(target: float, runs: list[SeedRun]) -> float:
+    """Infinite if a seed never reaches the target."""
+    answers = [answers_until(target, run) for run in runs]
+    return math.inf if None in answers else fmean(answers)
+
+
+def row(name: str, runs: list[SeedRun]) -> str:
+    cells = [name, patch_size(name), *(speed(target, runs) for target in TARGETS)]
+    curve = [record for record in mean_curve(runs) if "eval/success" in record]
+    for record in (curve[0], curve[len(curve) // 2], curve[-1]):
+        low, high = record["eval/success_low"], record["eval/success_high"]
+        cells.append(f"{record['eval/success']:.1%} ({low:.1%} … {high:.1%})")
+    cells.append(f"{fmean(run.seconds for run in runs):.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def speed(target: float, runs: list[SeedRun]) -> str:
+    answers = [answers_until(target, run) for run in runs]
+    reached = [number for number in answers if number is not None]
+    if not reached:
+        return "-"
+    if len(reached) < len(runs):
+        return f"- ({len(reached)} of {len(runs)} seeds)"
+    mean, low, high = interval(reached)
+    return f"{mean:,.0f}" if len(runs) == 1 else f"{mean:,.0f} ({max(0.0, low):,.0f} … {high:,.0f})"
+
+
+def patch_size(name: str) -> str:
+    """Lines that a patch adds and removes, as in "+5 −5"."""
+    if name == "grpo":
+        return "+0 −0"
+    patch = (ROOT / "variants" / f"{name}.patch").read_text()
+    diff = patch[patch.index("\ndiff --git ") :].splitlines()
+    added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
+    removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
+    return f"+{added} −{removed}"
 
 
 if __name__ == "__main__":
