@@ -332,7 +332,7 @@ def test_answers_sampled_includes_replaced_questions():
 
 MUTATIONS = [
     ("dr-grpo", "(ANSWER_TOKENS * len(episodes))", "(ANSWER_TOKENS * len(kept))"),
-    ("dr-grpo", "rewards_NM - rewards_NM.mean(", "rewards_NM - rewards_NM.median("),
+    ("dr-grpo", "rewards_NM.mean(dim=1, keep", "rewards_NM.amin(dim=1, keep"),
     ("rloo", "(rewards_NM.shape[1] - 1)", "rewards_NM.shape[1]"),
     ("rloo", "rewards_NM - others_NM", "others_NM - rewards_NM"),
     ("maxrl", "(rewards_NM - mean_N1) / mean_N1", "(rewards_NM - mean_N1) / mean_N1.sqrt()"),
@@ -344,7 +344,7 @@ MUTATIONS = [
     ("clip-higher", "torch.min", "torch.max"),
     ("clip-higher", "in range(STEPS)", "in range(1)"),
     ("cispo", "STEPS, MAX_WEIGHT = 2, 5.0", "STEPS, MAX_WEIGHT = 2, 4.0"),
-    ("cispo", "(logprobs_P.detach() - micro_batch.sampler_", "(logprobs_P - micro_batch.sampler_"),
+    ("cispo", "ratio_P = (logprobs_P.detach()", "ratio_P = (logprobs_P"),
     ("cispo", "in range(STEPS)", "in range(1)"),
     ("gspo", "2, 0.0015, 0.002", "2, 0.0015, 0.0015"),
     ("gspo", "2, 0.0015, 0.002", "2, 0.002, 0.002"),
@@ -360,7 +360,7 @@ MUTATIONS = [
     ("soft-overlong", "max_gen_len / 5", "max_gen_len / 4"),
     ("soft-overlong", "reward.total + length_reward", "reward.total - length_reward"),
     ("truncated-is", "CAP = 2.0", "CAP = 2.5"),
-    ("truncated-is", "= (logprobs_P.detach() -", "= (logprobs_P -"),
+    ("truncated-is", "weights_P = (logprobs_P.detach()", "weights_P = (logprobs_P"),
 ]
 
 
