@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))
-LEARNING_RATE = 0.003  # large enough that the second step starts from clearly different weights
+LEARNING_RATE = 0.003  # large enough that the second update starts from clearly different weights
 pytestmark = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(),
     reason="git applies the patches to a copy of a git checkout",
@@ -160,16 +160,16 @@ def assert_update_equals_equation(
         micro_batch_tokens=47,
         **({"start": random_model(seed=1)} if name == "kl" else {}),
     )
-    steps = 2 if name in ("clip-higher", "cispo", "gspo") else 1
-    assert len(optimizer.gradients) == steps
+    updates = 2 if name in ("clip-higher", "cispo", "gspo") else 1
+    assert len(optimizer.gradients) == updates
     kept = [i for i, e in enumerate(episodes) if e.is_finished or not skip_unfinished]
     reference, start_model = reference_model(random_model()), reference_model(random_model(seed=1))
     expected = GradientDescent(reference)
-    for step in range(steps):
+    for i in range(updates):
         expected.zero_grad()
         expected_loss(name, episodes, kept, reference, start_model).backward()
         expected.step()
-        assert_same_gradient(optimizer.gradients[step], expected.gradients[step])
+        assert_same_gradient(optimizer.gradients[i], expected.gradients[i])
 
 
 @cache
@@ -342,10 +342,10 @@ MUTATIONS = [
     ("clip-higher", "2, 0.2, 0.28", "2, 0.2, 0.2"),
     ("clip-higher", "2, 0.2, 0.28", "2, 0.28, 0.28"),
     ("clip-higher", "torch.min", "torch.max"),
-    ("clip-higher", "in range(STEPS)", "in range(1)"),
-    ("cispo", "STEPS, MAX_WEIGHT = 2, 5.0", "STEPS, MAX_WEIGHT = 2, 4.0"),
+    ("clip-higher", "in range(UPDATES)", "in range(1)"),
+    ("cispo", "UPDATES, MAX_WEIGHT = 2, 5.0", "UPDATES, MAX_WEIGHT = 2, 4.0"),
     ("cispo", "ratio_P = (logprobs_P.detach()", "ratio_P = (logprobs_P"),
-    ("cispo", "in range(STEPS)", "in range(1)"),
+    ("cispo", "in range(UPDATES)", "in range(1)"),
     ("gspo", "2, 0.0015, 0.002", "2, 0.0015, 0.0015"),
     ("gspo", "2, 0.0015, 0.002", "2, 0.002, 0.002"),
     ("gspo", "sum() / len(kept)", "sum() / num_tokens"),
