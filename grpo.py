@@ -1,25 +1,21 @@
 """Group Relative Policy Optimization (GRPO, DeepSeekMath, arXiv:2402.03300).
 
 1. Sample M answers to each of N questions and score them (rollout).
-2. Compare each answer with the others to its question: the advantage is the reward minus the mean
-of
-   the group, divided by its standard deviation (group_advantages). The group takes the place of a
-   value network.
+2. Compare the answers to a question with each other: the advantage of an answer is its reward minus
+   the mean of its group, divided by the standard deviation of the group (group_advantages). The
+   group takes the place of a value network.
 3. Raise log π of each token in proportion to the advantage of its answer (update_policy).
 
 Departures from the paper:
-1. One step per batch, so the policy that is trained is the policy that sampled: the importance
-ratio
-   is 1, its gradient is that of log π, and there is nothing to clip. Rounding makes a difference,
-   which each step measures (UpdateStats.logprob_diff_mean).
-2. No KL term and no reference model (as DAPO, arXiv:2503.14476): the reward is a rule, not a
-learned
-   model that could be exploited.
-3. Every response token of the batch has the same weight (DAPO's token-level loss). With a mean per
-   answer, a token of a short answer would weigh more than one of a long answer.
-4. Answers cut off by the length budget can be left out of the loss (DAPO's overlong filtering).
-They
-   still count in the mean and standard deviation of their group.
+1. One step per batch, so the policy that is trained is the policy that sampled. The importance
+   ratio is 1, its gradient is that of log π, and there is nothing to clip. Only rounding makes a
+   difference, which each step measures (UpdateStats.logprob_diff_mean).
+2. No KL term and no reference model, as in DAPO (arXiv:2503.14476): the reward is a rule, not a
+   learned model that the policy could exploit.
+3. Every response token of the batch has the same weight, as in DAPO's token-level loss. With a mean
+   per answer, a token of a short answer would weigh more than one of a long answer.
+4. Answers that were cut off by the length budget can be left out of the loss, as in DAPO's overlong
+   filtering. They still count in the mean and the standard deviation of their group.
 
 An episode is one answer with its reward. A micro-batch is a sequence of prompts and answers in
 which each token sees only its own prompt and answer (packing.py).
@@ -254,7 +250,7 @@ def response_logprobs(
 ) -> Tensor:
     """log π (P,) of every response token of a micro-batch, nats, differentiable.
 
-    The hidden state one position before a token predicts it (MicroBatch.logit_positions_P).
+    Prompt tokens are not among the targets, so they are never trained.
     """
     attention = packed_attention(micro_batch, model.config, model.head_weight_VE.dtype)
     hidden_1SE = model.hidden_states(
@@ -263,8 +259,11 @@ def response_logprobs(
         attention,
         recompute_layers=recompute_layers,
     )
+    # The shift by one: a token is predicted at the position before it, which for the first token of
+    # an answer is the end of its prompt.
+    hidden_PE = hidden_1SE[0, micro_batch.logit_positions_P]
     return token_logprobs(
-        hidden_1SE[0, micro_batch.logit_positions_P],
+        hidden_PE,
         model.head_weight_VE,
         micro_batch.targets_P,
         temperature=temperature,
@@ -331,6 +330,7 @@ def update_policy(
             )
             loss = -(micro_batch.advantages_P * logprobs_P).sum() / num_tokens
             loss.backward()  # adds to the gradient
+            # The sampler's log-probabilities serve only to measure the difference.
             difference_P = (logprobs_P.detach() - micro_batch.sampler_logprobs_P).abs()
             results.append((i, loss.item(), difference_P.cpu()))
             progress.update(len(micro_batch.tokens_S))
@@ -338,7 +338,7 @@ def update_policy(
 
     stats = _gather_stats(gradient, micro_batches, results, num_tokens, world)
     if not stats.skipped:
-        if stats.grad_norm > max_grad_norm:
+        if stats.grad_norm > max_grad_norm:  # clip by norm
             for parameter in model.parameters():
                 parameter.grad.mul_(max_grad_norm / stats.grad_norm)
         with progress.phase("optimizer", 1):
