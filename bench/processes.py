@@ -10,12 +10,12 @@ import time
 
 import torch
 from common import peak_gib, random_model, work_parser
-from harness.distributed import Torchrun
 
 from bench.synthetic import SyntheticTokenizer, random_episodes, random_questions, random_reward
 from data_types import SingleProcess
 from grpo import rollout, update_policy
 from harness import cpu
+from harness.distributed import Torchrun
 from optimizer import AdamW
 
 

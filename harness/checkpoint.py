@@ -1,17 +1,18 @@
-"""Checkpoints that a crash cannot spoil.
+"""Checkpoints that a crash cannot damage.
 
-A checkpoint is a model directory in the published format (it loads in transformers and vLLM) with three files more:
-optimizer.tensors, the optimizer's state; trainer.json, the run's place; and complete.json, a checksum of every other file,
-written last. It is written aside, synced and renamed: what has no "step-" name is half-written and is removed on the next start.
+A checkpoint is a model directory in the published format, which transformers and vLLM load, with
+three more files: the optimizer state (optimizer.tensors), the TrainerState (trainer.json) and a
+checksum of every other file (complete.json). It is written under a temporary name, synced to the
+disk and renamed. The next start of the run removes whatever still has a temporary name.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,29 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from data_types import ALONE, Alone
+from data_types import SingleProcess
 from flat import ALIGNMENT
-from harness.console import say
+from harness import console
 from optimizer import AdamW
 from published_format import Count, read_json, read_tensors, validated, write_tensors
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-ASIDE = ".partial-"
-OPTIMIZER = "optimizer.tensors"  # in the safetensors format; vLLM takes every *.safetensors of a directory for weights
-PART = "optimizer-{:05d}-of-{:05d}.tensors"  # of several processes each writes its own
-PLACE, COMPLETE = "trainer.json", "complete.json"
-SLACK_BYTES = 64 * 1000**2  # tokenizer, logs and file system overhead beside the tensors
+PARTIAL = ".partial-"
+# In the safetensors format, but not named so: vLLM reads every *.safetensors file as weights.
+OPTIMIZER = "optimizer.tensors"
+SHARD = "optimizer-{:05d}-of-{:05d}.tensors"  # with several ranks, each writes its own shard
+STATE, COMPLETE = "trainer.json", "complete.json"
+SLACK_BYTES = 64 * 1000**2  # for the tokenizer, the logs and the file system's own overhead
 REMEDY = "the checkpoint is damaged"
 
 
-class Place(BaseModel, extra="forbid", strict=True):
-    """Where a run stands."""
+class TrainerState(BaseModel, extra="forbid", strict=True):
+    """Where a run is, apart from its weights and its optimizer state."""
 
     step: Count
-    optimizer_steps: Count  # fewer, if steps were skipped
-    log_sizes: dict[str, Count]  # bytes of each file of the log after this step
+    optimizer_steps: Count  # smaller than `step` if steps were skipped
+    log_sizes: dict[str, Count]  # bytes of each log file after this step
     config: dict[str, Any]
 
 
@@ -53,7 +55,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """What is named like a checkpoint, oldest first."""
+    """Every directory that has a checkpoint's name, oldest first."""
     found = [
         path
         for path in directory.glob("step-*")
@@ -70,81 +72,94 @@ def save_checkpoint(
     model: Transformer,
     tokenizer: Tokenizer,
     optimizer: AdamW,
-    place: Place,
+    state: TrainerState,
     *,
     keep: int | None,
 ) -> None:
-    """Write the checkpoint of place.step, then remove all before it but the newest `keep`; None: remove nothing.
+    """Write the checkpoint of state.step, then remove earlier ones, so that `keep` remain.
 
-    Raises NotSaved if it cannot be written; then earlier checkpoints are untouched and nothing half-written stays.
+    keep=None removes none. All ranks call it together. Raises NotSaved on every rank if one of
+    them cannot write; then earlier checkpoints are untouched and no partial one is left.
     """
-    processes, first = optimizer.processes, optimizer.processes.rank == 0
-    final, aside = checkpoint_path(directory, place.step), directory / f"{ASIDE}{place.step:06d}"
-    own_file = aside / (
-        OPTIMIZER if processes.size == 1 else PART.format(processes.rank + 1, processes.size)
-    )
-    state = optimizer.state_dict()
-    place.optimizer_steps = state.pop("steps")
+    world = optimizer.world
+    final = checkpoint_path(directory, state.step)
+    partial = directory / f"{PARTIAL}{state.step:06d}"
+    local_file = partial / _optimizer_files(world.size)[world.rank]
+    optimizer_state = optimizer.state_dict()
+    state.optimizer_steps = optimizer_state.pop("steps")
     try:
-        with by_all(processes):
-            aside.mkdir(parents=True, exist_ok=True)
-            state_bytes = processes.size * sum(t.nbytes for t in state.values())
-            needed = sum(t.nbytes for t in model.parameters()) + state_bytes + SLACK_BYTES
-            if needed > (free := shutil.disk_usage(directory).free):
-                raise OSError(
-                    f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; lower "
-                    "training.keep_checkpoints"
-                )
-        with by_all(processes):
-            if first:
-                model.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
-                (aside / PLACE).write_text(place.model_dump_json() + "\n", encoding="utf-8")
-            write_tensors(own_file, state)
-            _sync(own_file)
-            own_sum = checksum(own_file)
-        sums = dict(
-            processes.share([(own_file.name, own_sum)])
-        )  # and from here on all files are there
-        with by_all(processes):
-            if first:
-                sums = {
-                    file.name: sums.get(file.name) or checksum(file)
-                    for file in sorted(aside.iterdir())
-                }
-                (aside / COMPLETE).write_text(json.dumps(sums) + "\n")
-                for path in (*aside.iterdir(), aside):
-                    _sync(path)
-                if os.path.lexists(final):
-                    _remove(final)
-                aside.rename(final)
-                _sync(directory)
+        with fails_on_all_ranks(world):
+            partial.mkdir(parents=True, exist_ok=True)
+            state_bytes = world.size * sum(t.nbytes for t in optimizer_state.values())
+            _check_room(directory, sum(t.nbytes for t in model.parameters()) + state_bytes)
+        with fails_on_all_ranks(world):
+            if world.rank == 0:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                (partial / STATE).write_text(state.model_dump_json() + "\n", encoding="utf-8")
+            write_tensors(local_file, optimizer_state)
+            _sync(local_file)
+            local_sum = checksum(local_file)
+        sums = dict(world.all_gather_objects((local_file.name, local_sum)))
+        with fails_on_all_ranks(world):
+            if world.rank == 0:
+                _complete(partial, final, sums)
     except OSError as error:
         raise NotSaved(
-            f"the checkpoint of step {place.step} could not be written to {directory}: {error}"
+            f"the checkpoint of step {state.step} could not be written to {directory}: {error}"
         ) from None
     finally:
-        if first:
-            _remove(aside)
-    until_now = [path for path in checkpoints(directory) if int(path.name[5:]) <= place.step]
-    for old in until_now[:-keep] if keep and first else ():
-        _remove(old)
+        if world.rank == 0:
+            _remove(partial)
+    if world.rank == 0 and keep is not None:
+        until_now = [p for p in checkpoints(directory) if int(p.name[5:]) <= state.step]
+        for old in until_now[:-keep]:
+            _remove(old)
 
 
-@contextlib.contextmanager
-def by_all(processes: Alone) -> Iterator[None]:
-    """What fails in one process fails in all of them, when all have tried."""
-    faults = []
+def _optimizer_files(size: int) -> list[str]:
+    """The file that each of `size` ranks writes its optimizer state to, by rank."""
+    return [OPTIMIZER] if size == 1 else [SHARD.format(rank, size) for rank in range(1, size + 1)]
+
+
+@contextmanager
+def fails_on_all_ranks(world: SingleProcess) -> Iterator[None]:
+    """Raise an OSError of any rank's block on every rank, after all ranks have run the block."""
+    local_error = None
     try:
         yield
     except OSError as error:
-        faults.append(error)
-    if faults := processes.share(faults):
-        raise faults[0]
+        local_error = error
+    errors = [error for error in world.all_gather_objects(local_error) if error is not None]
+    if errors:
+        raise errors[0]
+
+
+def _check_room(directory: Path, tensor_bytes: int) -> None:
+    needed, free = tensor_bytes + SLACK_BYTES, shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; "
+            "free some, or lower training.keep_checkpoints"
+        )
+
+
+def _complete(partial: Path, final: Path, sums: dict[str, str]) -> None:
+    """Add the missing checksums, sync every file, and give the directory its final name."""
+    for file in partial.iterdir():
+        if file.name not in sums:
+            sums[file.name] = checksum(file)
+    (partial / COMPLETE).write_text(json.dumps(sums) + "\n")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if os.path.lexists(final):
+        _remove(final)
+    partial.rename(final)
+    _sync(final.parent)
 
 
 def checksum(file: Path) -> str:
-    """CRC-32 as hexadecimal digits: it finds damage, not malice, at 3.4 GB/s, more than a disk delivers; SHA-256 reads 1.1."""
+    """CRC-32 in hexadecimal: detects damage, at 3.4 GB/s (SHA-256: 1.1 GB/s)."""
     total, buffer = 0, memoryview(bytearray(2**20))
     with open(file, "rb", buffering=0) as f:
         while count := f.readinto(buffer):
@@ -153,12 +168,12 @@ def checksum(file: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """In two moves, so that a crash leaves nothing that looks whole. Of a link, the link alone."""
-    if not path.name.startswith(ASIDE):
-        path = path.rename(path.with_name(ASIDE + path.name))
+    """Rename first, so that a crash leaves no half-removed checkpoint. Does not follow links."""
+    if not path.name.startswith(PARTIAL):
+        path = path.rename(path.with_name(PARTIAL + path.name))
     try:
         path.unlink()
-    except OSError:  # a directory, or nothing
+    except OSError:  # a directory, or nothing at all
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -172,101 +187,101 @@ def _sync(path: Path) -> None:
 
 # ---------------------------------------------------------------- reading
 
-
-Found = tuple[
-    Path, Place, dict[str, Tensor]
-]  # a checkpoint, the run's place, and the own part of the optimizer's state
+# The checkpoint's path, its TrainerState, and this rank's shard of the optimizer state.
+Found = tuple[Path, TrainerState, dict[str, Tensor]]
 
 
-def find_place(directory: Path, processes: Alone) -> Found | None:
-    """The newest undamaged checkpoint, the same for all processes; what is half-written is removed."""
+def find_checkpoint(directory: Path, world: SingleProcess) -> Found | None:
+    """The newest undamaged checkpoint, the same on all ranks. Removes partial checkpoints."""
     found = None
-    if processes.rank == 0:
-        for path in directory.glob(ASIDE + "*"):
+    if world.rank == 0:
+        for path in directory.glob(PARTIAL + "*"):
             _remove(path)
-        found = newest_good(directory, processes)
-    path = processes.share([found and found[0]])[0]
-    return found if found or not path else (path, *read_checkpoint(path, processes))
+        found = newest_good(directory, world)
+    path = world.all_gather_objects(found and found[0])[0]
+    if path and not found:
+        found = (path, *read_checkpoint(path, world))
+    return found
 
 
-def newest_good(directory: Path, processes: Alone = ALONE) -> Found | None:
-    """The newest undamaged checkpoint; says which it passes over, and why.
+def newest_good(directory: Path, world: SingleProcess = SingleProcess()) -> Found | None:
+    """The newest undamaged checkpoint. Logs which newer ones it skips, and why.
 
-    None if there is no checkpoint. Raises ValueError if all are damaged.
+    Returns None if there is no checkpoint. Raises ValueError if all are damaged.
     """
-    for path in reversed(found := checkpoints(directory)):
+    found = checkpoints(directory)
+    for path in reversed(found):
         try:
-            return path, *read_checkpoint(path, processes)
+            return path, *read_checkpoint(path, world)
         except (ValueError, OSError) as error:
-            say(f"passing over {path}: {error}")
+            console.log(f"skipping {path}: {error}")
     if found:
         raise ValueError(
-            f"every checkpoint in {directory} is damaged; put a good one back, or remove them all and start over"
+            f"every checkpoint in {directory} is damaged; restore one from a copy, "
+            "or remove them all to start over"
         )
     return None
 
 
-def read_checkpoint(path: Path, processes: Alone = ALONE) -> tuple[Place, dict[str, Tensor]]:
-    """Look at all of a checkpoint; of the optimizer's state return the own part, however many wrote it.
+def read_checkpoint(
+    path: Path, world: SingleProcess = SingleProcess()
+) -> tuple[TrainerState, dict[str, Tensor]]:
+    """Check a whole checkpoint; return its TrainerState and this rank's shard of the optimizer.
 
-    Raises ValueError or FileNotFoundError for whatever makes it unfit to go on from.
+    Any number of ranks may have written it. Raises ValueError or FileNotFoundError if something
+    is missing or damaged.
     """
     state_files = check_files(path)
-    place = validated(Place, read_json(path / PLACE, remedy=REMEDY), PLACE, remedy=REMEDY)
-    if checkpoint_path(path.parent, place.step) != path:
-        raise ValueError(f"it is a copy of step {place.step}")
-    weights = list(path.glob("model*.safetensors"))
-    if not weights:
-        raise ValueError("it holds no weights")
-    if broken := [
-        name
-        for file in weights
-        for name, tensor in read_tensors(file)
-        if not tensor.isfinite().all()
-    ]:
-        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    state = validated(TrainerState, read_json(path / STATE, remedy=REMEDY), STATE, remedy=REMEDY)
+    if checkpoint_path(path.parent, state.step) != path:
+        raise ValueError(f"it is a copy of step {state.step}")
+    _check_weights(path)
     written = [dict(read_tensors(path / name)) for name in state_files]
-    if any(state.keys() != written[0].keys() for state in written):
-        raise ValueError("the parts of the optimizer's state do not belong together")
-    return place, {
-        name: _own_part([state[name] for state in written], processes) for name in written[0]
+    if any(shard.keys() != written[0].keys() for shard in written):
+        raise ValueError("the shards of the optimizer state do not belong together")
+    return state, {
+        name: _local_shard([shard[name] for shard in written], world) for name in written[0]
     }
 
 
-def _own_part(written: list[Tensor], processes: Alone) -> Tensor:
-    """Of a flat tensor that was written in parts. One that was written whole is not copied."""
-    own, pieces, start = (
-        processes.parts_of(sum(map(len, written)), ALIGNMENT)[processes.rank],
-        [],
-        0,
-    )
-    for tensor in written:
-        pieces.append(tensor[max(own.start - start, 0) : max(own.stop - start, 0)])
-        start += len(tensor)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
 def check_files(path: Path) -> list[str]:
-    """Returns the names of the files with the optimizer's state, in the order of its parts.
+    """Compare every file with its checksum; return the optimizer state's file names, by rank.
 
-    Raises ValueError or FileNotFoundError unless every file has the checksum it was written with.
+    Raises ValueError or FileNotFoundError if a file is missing or damaged.
     """
     sums = read_json(path / COMPLETE, remedy=REMEDY)
     state_files = sorted(name for name in sums if name.startswith("optimizer")) or [OPTIMIZER]
-    if lacking := {"config.json", PLACE, *state_files} - sums.keys():
+    if lacking := {"config.json", STATE, *state_files} - sums.keys():
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
-    if state_files not in (
-        [OPTIMIZER],
-        [PART.format(rank, len(state_files)) for rank in range(1, len(state_files) + 1)],
-    ):
-        raise ValueError(
-            f"{COMPLETE} names {', '.join(state_files):.200}, which are not all parts of the optimizer's state"
-        )
-    for name, written in sums.items():
+    if state_files != _optimizer_files(len(state_files)):
+        names = ", ".join(state_files)
+        raise ValueError(f"{COMPLETE} names {names:.200}: not all shards of an optimizer state")
+    for name, expected in sums.items():
         if Path(name).name != name:
             raise ValueError(f"{COMPLETE} names {name!r:.100}, which is no file of the checkpoint")
         if not (path / name).is_file():
-            raise ValueError(f"{name} is not there")
-        if (found := checksum(path / name)) != written:
-            raise ValueError(f"{name} is damaged: its checksum is {found}, not {written!r:.20}")
+            raise ValueError(f"{name} is missing")
+        if (found := checksum(path / name)) != expected:
+            raise ValueError(f"{name} is damaged: its checksum is {found}, not {expected!r:.20}")
     return state_files
+
+
+def _check_weights(path: Path) -> None:
+    files = list(path.glob("model*.safetensors"))
+    if not files:
+        raise ValueError("it has no weights")
+    for file in files:
+        for name, tensor in read_tensors(file):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+
+
+def _local_shard(written: list[Tensor], world: SingleProcess) -> Tensor:
+    """This rank's shard of a flat tensor that was written in pieces. One piece is not copied."""
+    total = sum(len(tensor) for tensor in written)
+    shard = world.shards(total, ALIGNMENT)[world.rank]
+    pieces, start = [], 0
+    for tensor in written:
+        pieces.append(tensor[max(shard.start - start, 0) : max(shard.stop - start, 0)])
+        start += len(tensor)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

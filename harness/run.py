@@ -1,13 +1,13 @@
-"""A run: what happens around the loop of train.py, so that it can be left alone for days.
+"""A run: everything around the loop of train.py, so that nobody has to watch it for days.
 
-It holds its output directory, hears signals, writes logs and checkpoints, goes on where a checkpoint stands, watches for
-what goes wrong, and turns every way out into one message and an exit code. Weights that are good are saved on every way out.
-A checkpoint stands between a step and the evaluation that follows it.
+It locks the output directory, handles signals, writes logs and checkpoints, resumes, and turns
+every way to end into one message and an exit code. A checkpoint is taken between a step and the
+evaluation that follows it.
 """
 
 import argparse
 import contextlib
-import itertools
+import fcntl
 import math
 import os
 import signal
@@ -19,19 +19,23 @@ from statistics import median
 import torch
 
 import gpu
-from data_types import ALONE, Episode, Question, UpdateStats
-from flat import flat_weights, norm
-from generate import check_length
-from grpo import draw_problems, episode_advantages, make_question
+from data_types import Episode, Question, SingleProcess, UpdateStats
+from flat import norm
+from grpo import episode_advantages
 from harness import console, cpu
-from harness.card import check_card, is_out_of_memory, why_no_card
-from harness.check import check
-from harness.checkpoint import NotSaved, Place, by_all, checkpoint_path, find_place, save_checkpoint
-from harness.config import Config, load_config
-from harness.console import say
-from harness.metrics import evaluation_metrics, pick_samples, smells, step_metrics
-from harness.output import Nowhere, OutputDirectory
-from harness.parallel import Parting, Processes
+from harness.checkpoint import (
+    NotSaved,
+    TrainerState,
+    checkpoint_path,
+    fails_on_all_ranks,
+    find_checkpoint,
+    save_checkpoint,
+)
+from harness.config import Config, as_yaml, load_config
+from harness.cuda import check_cuda, is_out_of_memory, why_no_cuda
+from harness.distributed import RankFailure, RankLost, Torchrun
+from harness.log import RunLog
+from harness.metrics import diagnose, evaluation_metrics, pick_samples, step_metrics
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.rewards import isolated_reward, load_problems, load_task
 from optimizer import AdamW
@@ -39,7 +43,7 @@ from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
-# What a resumed run may not change: it would no longer be the same run.
+# A resumed run may not change these: it would be another run.
 FIXED_KEYS = (
     "task",
     "data",
@@ -48,43 +52,41 @@ FIXED_KEYS = (
     "training.batch_size",
     "training.num_questions_per_batch",
 )
-UNFORESEEN = 70  # a fault of this program: its traceback is shown
-SHOWN = (
-    "eval/success",
-    "eval/success_low",
-    "eval/success_high",
-    "eval/questions",
-)  # of an evaluation
+SUCCESS = ("eval/success", "eval/success_low", "eval/success_high", "eval/questions")
+TINY_RUN = "uv run train.py --config config_tiny.yaml"
+UNFORESEEN = 70  # exit code for a bug in this program; Python prints its traceback
+RECENT_STEPS = 20  # how many steps diagnose() sees; a new heading follows as many lines
 
 
 class Finished(Exception):
-    """There is nothing more to do, and nothing went wrong."""
+    """The program has done what it was asked for."""
 
 
 class Stopped(Exception):
-    """The run cannot go on; its last checkpoint is good."""
+    """The run cannot go on."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; raised where nothing half-done is lost."""
+    """A signal asks the run to stop. Raised only where no work is half done."""
 
 
 class Signals:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP, to be acted on at the next token or micro-batch.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP until check() is called.
 
-    A second SIGINT or SIGTERM ends the process at once; a second SIGHUP does nothing, because a closing terminal sends several.
+    A second SIGINT or SIGTERM ends the process at once. A second SIGHUP is ignored, because a
+    closing terminal sends several.
     """
 
-    HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.received = None
-        for signum in self.HEARD:
+        for signum in self.HANDLED:
             signal.signal(signum, self._receive)
 
     def _receive(self, signum, frame) -> None:
         self.received = signum
-        for s in self.HEARD:
+        for s in self.HANDLED:
             signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
 
     def check(self) -> None:
@@ -92,370 +94,278 @@ class Signals:
             raise Interrupted
 
 
+class OutputLock:
+    """A lock on the output directory, which the kernel releases if the process dies.
+
+    The directory itself is locked, because a lock file in it could be removed.
+    """
+
+    def __init__(self, path: Path):
+        """Create the directory if needed. Raises ValueError if another process has locked it."""
+        self.path, self._is_new = path, not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"output_dir={path} cannot be created, because a file is in the way; choose another"
+            ) from None
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise ValueError(
+                f"{path} is in use by another run; wait for it to end, or choose another output_dir"
+            ) from None
+
+    def is_replaced(self) -> bool:
+        """True if the path now leads to another directory, which another run may use."""
+        return self.path.exists() and not os.path.samestat(
+            os.stat(self.path), os.fstat(self._descriptor)
+        )
+
+    def is_lost(self) -> bool:
+        return not self.path.exists() or self.is_replaced()
+
+    def release(self) -> None:
+        """Unlock the directory, and remove it if it was created here and is still empty."""
+        if self._is_new and not self.is_lost() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        os.close(self._descriptor)
+
+
 class Run:
-    """with Run() as run: open it, begin it, take its steps; run.exit_code says how it ended."""
+    """`with Run() as run:` open it, begin it, take its steps; then run.exit_code says how it ended.
+
+    open() sets config, task, problems (training and held-out), reward, plan, and model_dir, the
+    directory to load model and tokenizer from (a base model or a checkpoint).
+    """
 
     def __enter__(self) -> "Run":
-        self.signals, self.exit_code, self.phase_name = Signals(), 0, "start"
-        self.closing = contextlib.ExitStack()
-        self.plan, self.has_begun, self.processes = None, False, ALONE
+        self.exit_code, self.phase, self.plan, self.has_begun = 0, "start", None, False
+        self.signals, self.world = Signals(), SingleProcess()
+        self._closing = contextlib.ExitStack()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            self.processes = Processes()
-            self.closing.callback(self.processes.close)
-            if self.processes.rank > 0:
-                self.closing.enter_context(
-                    contextlib.redirect_stdout(self.closing.enter_context(open(os.devnull, "w")))
-                )
+            self.world = Torchrun()
+            self._closing.callback(self.world.close)
+        if self.world.rank > 0:  # rank 0 prints for all of them
+            devnull = self._closing.enter_context(open(os.devnull, "w"))
+            self._closing.enter_context(contextlib.redirect_stdout(devnull))
         return self
 
     # ------------------------------------------------------------ the start
 
-    def open(self, argv: list[str] | None) -> Config:
-        """Read the command line and the config, hold the output directory, find where to begin, load task and problems.
+    def open(self, argv: list[str] | None) -> None:
+        """Read the command line and the config, lock the output directory, find where to begin.
 
-        From here on: config, task, problems, reward, and source, the model directory to load. Raises ValueError or
-        OSError naming what the user can mend.
+        Raises ValueError or OSError for a user error, and Finished after --plan.
         """
-        parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
-        parser.add_argument(
-            "--config",
-            default="config.yaml",
-            help="YAML file with the hyperparameters (default: config.yaml)",
-        )
-        either = parser.add_mutually_exclusive_group()
-        either.add_argument(
-            "--resume",
-            action="store_true",
-            help="go on with the run in output_dir, by its own config",
-        )
-        either.add_argument(
-            "--plan",
-            nargs="?",
-            const=os.environ.get("WORLD_SIZE", "1"),
-            metavar="CARDS",
-            help="print the memory that the run would need on each of so many cards (default: 1), and end",
-        )
-        either.add_argument(
-            "--check",
-            action="store_true",
-            help="try the machine for a minute: does it agree, how long will a step take; and end",
-        )
-        parser.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key.path=value",
-            help="for example training.learning_rate=5e-6",
-        )
-        arguments = parser.parse_intermixed_args(argv)
-        overrides = arguments.overrides
-        if (
-            arguments.plan and "=" in arguments.plan
-        ):  # not the number of cards, which may be left out
-            overrides, arguments.plan = (
-                [arguments.plan, *overrides],
-                os.environ.get("WORLD_SIZE", "1"),
-            )
-        if arguments.plan and not (arguments.plan.isdecimal() and int(arguments.plan) > 0):
-            raise ValueError(
-                f"--plan {arguments.plan}: wanted the number of cards, for example --plan 4"
-            )
-        named = [
-            override for override in overrides if override.startswith("output_dir=")
-        ]  # the rest is for the run's own config
-        config = load_config(arguments.config, named if arguments.resume else overrides)
+        arguments = parse_arguments(argv)
         if arguments.plan:
-            say(make_plan(config, find_shape(config.model.path), cards=int(arguments.plan)).table())
+            config = load_config(arguments.config, arguments.overrides)
+            shape = find_shape(config.model.path)
+            console.log(make_plan(config, shape, cards=arguments.plan).table())
             raise Finished
-        if arguments.check:
-            self._check_machine(config)
+        self._open_directory(arguments)
+        config = self.config
+        _prepare_process(config)
+        self.task = load_task(config.task)
+        self.problems = self._load_problems()
+        training = config.training
+        self.reward = isolated_reward(
+            config.task, timeout=training.reward_timeout, errors=training.reward_errors
+        )
+        self._closing.callback(self.reward.close)
+        shape = Qwen2Config.from_json(self.model_dir / "config.json")
+        held_out = len(self.problems[1])
+        self.plan = make_plan(config, shape, cards=self.world.size, held_out=held_out)
+        if config.model.device == "cuda":
+            check_cuda(config, self.plan)
+
+    def _open_directory(self, arguments: argparse.Namespace) -> None:
+        """Lock the output directory, and set config, state and model_dir for a new or old run."""
+        overrides = arguments.overrides
+        if arguments.resume:  # the others change the config of the run in the directory
+            overrides = [text for text in overrides if text.startswith("output_dir=")]
+        config = load_config(arguments.config, overrides)
         self.directory = Path(config.output_dir)
-        self.checkpoints, own_config = (
-            self.directory / "checkpoints",
-            self.directory / "config.yaml",
-        )
-        self.output = (
-            OutputDirectory(self.directory, self.closing) if self.processes.rank == 0 else Nowhere()
-        )
-        found = any(self.processes.share([self.output.holds_run()]))
-        if found and not arguments.resume:
+        self.checkpoints = self.directory / "checkpoints"
+        self.config_path = self.directory / "config.yaml"
+        if self.world.rank == 0:
+            self.lock = OutputLock(self.directory)
+            self._closing.callback(self.lock.release)
+        holds_run = self.world.all_gather_objects(self.config_path.exists())[0]
+        if holds_run and not arguments.resume:
             raise ValueError(
-                f"output_dir={self.directory} holds a run; go on with it by --resume, or choose another output_dir=…"
+                f"output_dir={self.directory} holds a run; add --resume to continue it, or choose "
+                "another output_dir"
             )
-        if arguments.resume and not found:
+        self.state = TrainerState(step=0, optimizer_steps=0, log_sizes={}, config={})
+        self._optimizer_state = None
+        if holds_run:
+            self._resume(arguments.overrides)
+            return
+        if arguments.resume:
             if "WORLD_SIZE" not in os.environ:
                 raise FileNotFoundError(
-                    f"output_dir={self.directory} holds no run to resume; start it without --resume"
+                    f"output_dir={self.directory} holds no run to resume; start without --resume"
                 )
-            say(
-                f"output_dir={self.directory} holds no run yet: starting one"
-            )  # a launcher starts again with the same command
-            config = load_config(arguments.config, overrides)
+            # torchrun restarts a run with the command that started it.
+            console.log(f"output_dir={self.directory} holds no run yet: starting one")
+            config = load_config(arguments.config, arguments.overrides)
+        self.config, self.model_dir = config, Path(config.model.path)
+
+    def _resume(self, overrides: list[str]) -> None:
+        """Continue the run in the directory: from its newest good checkpoint, if it has one."""
+        old = load_config(self.config_path)
+        new = load_config(self.config_path, overrides)
+        self.config = new.model_copy(update={"output_dir": str(self.directory)})
+        self.model_dir = Path(new.model.path)
+        found = find_checkpoint(self.checkpoints, self.world)
         if found:
-            config = load_config(own_config, overrides).model_copy(
-                update={"output_dir": str(self.directory)}
-            )
-        self.place, self.saved_state = (
-            Place(step=0, optimizer_steps=0, log_sizes={}, config={}),
-            None,
-        )
-        self.source = Path(config.model.path)
-        if found:
-            self._find_place(load_config(own_config), config)
-        _prepare_process(config)
-        self.config, self.task = config, load_task(config.task)
-        self._ask_for_what_is_missing()
-        self.reward = isolated_reward(
-            config.task,
-            timeout=config.training.reward_timeout,
-            errors=config.training.reward_errors,
-        )
-        self.closing.callback(self.reward.close)
-        self._make_plan(
-            config,
-            Qwen2Config.from_json(self.source / "config.json"),
-            held_out=len(self.problems[1]),
-        )
-        return config
-
-    def _check_machine(self, config: Config) -> None:
-        """What --check does instead of a run. Raises Finished, or Stopped where something does not agree."""
-        self.phase_name, shape = "check", find_shape(config.model.path)
-        _prepare_process(config)
-        if config.model.device == "cuda" and (reason := why_no_card()):
-            raise ValueError(f"{reason}; without a card, check --config config_tiny.yaml")
-        self._make_plan(config, shape)
-        if wrong := check(config, shape, self.plan, cards=self.processes.size):
-            raise Stopped(wrong)
-        raise Finished
-
-    def _make_plan(self, config: Config, shape: Qwen2Config, **sizes: int) -> None:
-        self.plan = make_plan(config, shape, cards=self.processes.size, **sizes)
-        if config.model.device == "cuda":
-            check_card(config, self.plan)
-
-    def _find_place(self, old: Config, new: Config) -> None:
-        """Go to the newest good checkpoint, if there is one. Raises ValueError for what cannot change on the way."""
-        if found := find_place(self.checkpoints, self.processes):
-            self.source, self.place, self.saved_state = found
-        say(f"resuming from {self.source}" if found else "no checkpoint yet: starting over")
-        for key, before, now in _differences(
-            self.place.config or old.model_dump(mode="json"), new.model_dump(mode="json")
-        ):
+            self.model_dir, self.state, self._optimizer_state = found
+            console.log(f"resuming from {self.model_dir}")
+        else:
+            console.log("no checkpoint yet: starting over")
+        old_values = self.state.config or old.model_dump(mode="json")
+        for key, before, now in differences(old_values, self.config.model_dump(mode="json")):
             if key.startswith(FIXED_KEYS):
                 raise ValueError(
-                    f"{key} was {before!r} in the run to resume and is {now!r} now; it cannot change: restore it, or "
-                    "start a new run with another output_dir=…"
+                    f"{key} was {before!r} in the run to resume and is {now!r} now; it cannot "
+                    "change: restore it, or start a new run with another output_dir"
                 )
-            kept = (
-                ", but the weights are those of the checkpoint"
-                if found and key == "model.path"
-                else ""
-            )
-            say(f"note: {key} changes from {before!r} to {now!r}{kept}")
-        if self.place.step > new.training.max_steps:
+            effect = ""
+            if found and key == "model.path":
+                effect = ", but the weights are those of the checkpoint"
+            console.log(f"note: {key} changes from {before!r} to {now!r}{effect}")
+        if self.state.step > new.training.max_steps:
             raise ValueError(
-                f"the run is at step {self.place.step}, beyond training.max_steps={new.training.max_steps}; raise it"
+                f"the run is at step {self.state.step}, beyond "
+                f"training.max_steps={new.training.max_steps}; raise it"
             )
 
-    def _ask_for_what_is_missing(self) -> None:
-        """Load the problems, and name all at once that the user has to fetch."""
-        config, missing = self.config, []
-        if no_card := why_no_card() if config.model.device == "cuda" else "":
-            missing.append(no_card)
-        elif (
-            config.model.device == "cuda"
-            and (count := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count()
-        ):
-            missing.append(
-                f"{count} processes were started here, but there are {torch.cuda.device_count()} CUDA devices; lower "
-                "--nproc-per-node"
-            )
-        if not self.source.exists():
-            missing.append(absent_model(self.source))
+    def _load_problems(self) -> tuple:
+        """Load the task's problems. Raises FileNotFoundError that names everything missing."""
+        missing = []
+        if self.config.model.device == "cuda" and (reason := _why_no_gpu()):
+            missing.append(f"{reason}, or train without one: {TINY_RUN}")
+        if not self.model_dir.exists():
+            missing.append(absent_model(self.model_dir))
         try:
-            self.problems = load_problems(self.task, config.data)
+            problems = load_problems(self.task, self.config.data)
         except FileNotFoundError as error:
             missing.append(str(error))
-        said = "".join(missing)
-        if (no_card or "hf download" in said) and "config_tiny.yaml" not in said:
-            missing.append(
-                "or train without card and download: uv run train.py --config config_tiny.yaml"
-            )
         if missing:
             raise FileNotFoundError("\n".join(missing))
+        return problems
 
-    def begin(
-        self, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW, held_out: list[Question]
-    ) -> None:
-        """Check that the parts fit together and into memory; give the optimizer its state back; open the logs."""
-        config = self.config
+    def begin(self, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW) -> None:
+        """Check that the parts fit together, restore the optimizer state and open the logs."""
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"{self.source}: the tokenizer has {tokenizer.vocab_size} entries, the model only "
-                f"{model.config.vocab_size} rows; they belong to different models"
+                f"{self.model_dir}: the tokenizer has {tokenizer.vocab_size} entries, but the "
+                f"model only {model.config.vocab_size} rows; they belong to different models"
             )
-        self._check_what_it_was_made_for(tokenizer)
-        self._check_lengths(model.config, tokenizer, held_out)
-        if self.saved_state:
-            optimizer.load_state_dict({"steps": self.place.optimizer_steps, **self.saved_state})
-            self.saved_state = None
-        self.first, self.last = self.place.step, config.training.max_steps
-        self.place.config = config.model_dump(mode="json")
-        self.output.write_config(config)
-        self.output.open_log(self.place.log_sizes)
+        self._check_made_for(tokenizer)
+        if self._optimizer_state:
+            steps = self.state.optimizer_steps
+            optimizer.load_state_dict({"steps": steps, **self._optimizer_state})
+            self._optimizer_state = None  # frees the memory
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.state.config = self.config.model_dump(mode="json")
+        self.first, self.last = self.state.step, self.config.training.max_steps
         self.saved_step, self.skipped_in_a_row = self.first, 0
-        self.watches: dict[str, console.PhaseWatch] = {}  # of each phase, the latest
-        self.recent, self.warned = [], set()  # figures of the last twenty steps; warnings given
-        self.processes.share([])  # all have begun, or none
+        self.latest: dict[str, console.Progress] = {}  # by name, for example "rollout"
+        self.recent, self.warned = [], set()  # metrics of the last steps; warnings given so far
+        if self.world.rank == 0:
+            self._write_config()
+            self.run_log = RunLog(self.directory, self.state.log_sizes)
+            self._closing.callback(self.run_log.close)
         self.has_begun = True
-        say(
+        (train, held_out), ranks = self.problems, self.world.size
+        console.log(
             f"{self.directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M weights, "
-            f"{len(self.problems[0]):,} training and {len(held_out)} held-out questions, {self.last} steps"
-            + (f", {self.processes.size} processes" if self.processes.size > 1 else "")
+            f"{len(train):,} training and {len(held_out):,} held-out questions, {self.last} steps, "
+            f"{ranks} process{'' if ranks == 1 else 'es'}"
         )
 
-    def _check_lengths(
-        self, shape: Qwen2Config, tokenizer: Tokenizer, held_out: list[Question]
-    ) -> None:
-        """Of every prompt that the run will use: now, and not after days."""
-        training, first, count = (
-            self.config.training,
-            self.place.step,
-            self.config.training.num_questions_per_batch,
-        )
-        all_drawn = first + 2 * -(-len(self.problems[0]) // count)  # two passes meet every problem
-        steps = range(first + 1, min(training.max_steps, all_drawn) + 1)
-        drawn = (
-            make_question(self.task, problem, tokenizer)
-            for step in steps
-            for problem in draw_problems(self.problems[0], step, count=count, seed=training.seed)
-        )
-        total, hidden = len(held_out) + len(steps) * count, self.processes.rank > 0
-        with console.bar("start: lengths of the prompts", total, "prompts", hidden=hidden) as shown:
-            for question in itertools.chain(held_out, drawn):
-                try:
-                    check_length(shape, len(question.prompt_token_ids), training.max_gen_len)
-                except ValueError as error:
-                    raise ValueError(f"the problem {question.problem!r:.300}: {error}") from None
-                shown.update()
-                self.signals.check()
+    def _write_config(self) -> None:
+        partial = self.directory / "config.yaml.partial"
+        partial.write_text(as_yaml(self.config), encoding="utf-8")
+        partial.rename(self.config_path)
 
-    def _check_what_it_was_made_for(self, tokenizer: Tokenizer) -> None:
-        """The small base model knows the prompt that warm_start.py taught it, and nothing else."""
-        path = self.source / "made_for.json"
+    def _check_made_for(self, tokenizer: Tokenizer) -> None:
+        """Compare the task's prompt with the only one that a model of warm_start.py knows."""
+        path = self.model_dir / "made_for.json"
         if not path.exists():
             return
-        made_for, same = read_json(path), False
+        made_for = read_json(path)
         if made_for.get("task") != self.config.task:
-            say(
-                f"warning: {self.source} was made for task={made_for.get('task')!s:.100} and knows nothing of {self.config.task}"
+            console.log(
+                f"warning: {self.model_dir} was made for task={made_for.get('task')!s:.100} and "
+                f"has learned nothing about {self.config.task}"
             )
             return
-        with contextlib.suppress(
-            LookupError, TypeError, AttributeError
-        ):  # of a problem that is none of the task's
-            same = (
-                tokenizer.encode(self.task.render_prompt(made_for["problem"], tokenizer))
-                == made_for["prompt_token_ids"]
-            )
-        if not same:
+        try:
+            prompt = self.task.render_prompt(made_for["problem"], tokenizer)
+            is_same = tokenizer.encode(prompt) == made_for["prompt_token_ids"]
+        except (LookupError, TypeError, AttributeError):  # a problem of another form
+            is_same = False
+        if not is_same:
             raise ValueError(
-                f"{self.source} was made for another prompt or tokenizer; make it anew: remove it, then "
-                f"uv run warm_start.py --out {self.source}"
+                f"{self.model_dir} was made for another prompt or tokenizer; remove it and make it "
+                f"again: uv run warm_start.py --out {self.model_dir}"
             )
 
     # ------------------------------------------------------------ the loop
 
     def steps(self) -> Iterator[int]:
-        """The steps that are still to do, from 1 on."""
+        """The numbers of the steps that are left; the first step of a run is 1."""
         for step in range(self.first + 1, self.last + 1):
-            if (step - 1 - self.first) % 20 == 0:
-                say(console.heading())
+            if (step - 1 - self.first) % RECENT_STEPS == 0:
+                console.log(console.heading())
             yield step
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[console.PhaseWatch]:
-        """A rollout, an update or an evaluation: its time, its peak of memory, and the moments at which a signal is heard."""
-        device, watch = (
-            self.config.model.device,
-            console.PhaseWatch(name, self._check, self.processes),
-        )
-        self.watches[name], self.phase_name = watch, name
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        clock = time.perf_counter()
-        samples, rows = name != "update", -(-self.config.training.batch_size // self.processes.size)
-        with cpu.packed_for_decoding(self.model, rows) if samples else contextlib.nullcontext():
-            yield watch
-        watch.seconds["all"], watch.peak_bytes = (
-            time.perf_counter() - clock,
-            console.peak_bytes(device),
-        )
+    def progress(self, name: str) -> Iterator[console.Progress]:
+        """Measure a rollout, an update or an evaluation. progress.update() may end the run."""
+        self.phase = name
+        progress = console.Progress(name, self._check, hidden=self.world.rank > 0)
+        self.latest[name] = progress
+        packed = contextlib.nullcontext()
+        if name != "update":  # it decodes
+            answers = math.ceil(self.config.training.batch_size / self.world.size)
+            packed = cpu.packed_for_decoding(self.model, answers)
+        start = time.perf_counter()
+        with packed:
+            yield progress
+        progress.seconds["all"] = time.perf_counter() - start
 
     def _check(self) -> None:
         self.signals.check()
-        if self.processes.size > 1:
-            self.processes.check()
+        if self.world.size > 1:
+            self.world.check()
 
     def log_step(
         self, step: int, questions: list[Question], episodes: list[Episode], stats: UpdateStats
     ) -> None:
-        """Write and show what a step computed and cost; save a checkpoint when one is due. Raises Stopped."""
-        training, rollout, update = (
-            self.config.training,
-            self.watches["rollout"],
-            self.watches["update"],
-        )
-        if not math.isfinite(norm(flat_weights(self.model.parameters()))):
+        """Write what the step computed and cost; save a checkpoint if one is due.
+
+        Raises Stopped, FloatingPointError or OSError if the run cannot go on.
+        """
+        training = self.config.training
+        if not math.isfinite(norm(self.optimizer.weights)):
             raise FloatingPointError(
-                f"the update of step {step} made weights that are not finite (norm of its gradient: "
+                f"step {step} made weights that are not finite (norm of its gradient: "
                 f"{stats.grad_norm:.3g}); lower training.learning_rate"
             )
-        self.place.step, update.critical = (
-            step,
-            False,
-        )  # whatever happens to its log, the weights are this step's
-        self._check_directory()
-        num_answers = training.batch_size // training.num_questions_per_batch
-        metrics = {"step": step} | step_metrics(
-            episodes, stats, learning_rate=self.optimizer.lr, num_answers=num_answers
-        )
-        self.output.write("metrics.jsonl", metrics)
-        for sample in pick_samples(
-            episodes, episode_advantages(episodes), [q.prompt for q in questions]
-        ):
-            self.output.write("samples.jsonl", {"step": step} | sample)
-        row_steps = sum(self.processes.share([rollout.counts["row_steps"]]))
-        tokens_run = sum(self.processes.share([update.counts["tokens_run"]]))
-        seconds, tokens = (
-            rollout.seconds["all"] + update.seconds["all"],
-            sum(len(e.response_token_ids) for e in episodes),
-        )
-        self.output.write(
-            "timings.jsonl",
-            {
-                "step": step,
-                "seconds": seconds,
-                **{
-                    f"seconds/{part}": (rollout.seconds + update.seconds)[part]
-                    for part in ("prefill", "decode", "reward", "gradient", "optimizer")
-                },
-                "tokens_per_second/rollout": tokens / rollout.seconds["all"],
-                "tokens_per_second/update": tokens_run / update.seconds["all"],
-                "wasted_row_steps": 1 - tokens / row_steps,
-                "memory/rollout": rollout.peak_bytes / GIB,
-                "memory/update": update.peak_bytes / GIB,
-            },
-        )
-        say(console.row(metrics | {"seconds": seconds}))
-        self.recent = [*self.recent[-19:], metrics | {"seconds": seconds}]
-        for warning in smells(self.recent) - self.warned:
-            say(f"warning: {warning}")
-            self.warned.add(warning)
-        if step == self.first + 3:
-            self._report_cost(self.last - step)
-        self.place.log_sizes = self.output.sizes()
+        # From here on the weights are those of this step, even if its log cannot be written.
+        self.state.step, self.phase = step, "log"
+        timings = self._timings(step, episodes)
+        if self.world.rank == 0:
+            self._check_directory()
+            self._write_step(step, questions, episodes, stats, timings)
+            self.state.log_sizes = self.run_log.sizes()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.broken_questions else 0
         if self.skipped_in_a_row == training.max_skipped_steps:
             raise Stopped(
@@ -465,98 +375,126 @@ class Run:
         if step % training.ckpt_save_interval == 0 or step == self.last:
             self._save()
 
-    def log_evaluation(self, step: int, episodes: list[Episode]) -> None:
-        self._check_directory()
-        metrics = evaluation_metrics(episodes)
-        self.output.write("metrics.jsonl", {"step": step} | metrics)
-        self.output.write(
-            "timings.jsonl",
-            {"step": step, "seconds/evaluation": self.watches["evaluation"].seconds["all"]},
+    def _timings(self, step: int, episodes: list[Episode]) -> dict:
+        """The line of a step in timings.jsonl. Counts are summed over all ranks."""
+        rollout, update = self.latest["rollout"], self.latest["update"]
+        counts = (rollout.counts["row_steps"], update.counts["gradient"])
+        row_steps, tokens_run = map(sum, zip(*self.world.all_gather_objects(counts), strict=True))
+        tokens = sum(len(e.response_token_ids) for e in episodes)
+        seconds = rollout.seconds + update.seconds  # "all" is the sum of both
+        phases = ("prefill", "decode", "reward", "gradient", "optimizer")
+        return {
+            "step": step,
+            "seconds": seconds["all"],
+            **{f"seconds/{phase}": seconds[phase] for phase in phases},
+            "tokens_per_second/rollout": tokens / rollout.seconds["all"],
+            "tokens_per_second/update": tokens_run / update.seconds["all"],
+            "decode_waste": 1 - tokens / row_steps,
+            "memory/rollout": rollout.peak_bytes / GIB,
+            "memory/update": update.peak_bytes / GIB,
+        }
+
+    def _write_step(
+        self,
+        step: int,
+        questions: list[Question],
+        episodes: list[Episode],
+        stats: UpdateStats,
+        timings: dict,
+    ) -> None:
+        optimizer = self.optimizer
+        metrics = {"step": step} | step_metrics(
+            episodes,
+            stats,
+            learning_rate=optimizer.lr,
+            num_answers=len(episodes) // len(questions),
+            weights_changed=0.0 if stats.skipped else optimizer.weights_changed,
+            weights_changed_fp32=0.0 if stats.skipped else optimizer.weights_changed_fp32,
         )
-        say(f"step {step}: {_success(metrics)}, mean length {metrics['eval/mean_length']:.0f}")
+        self.run_log.write("metrics.jsonl", metrics)
+        prompts = [question.prompt for question in questions]
+        for sample in pick_samples(episodes, episode_advantages(episodes), prompts):
+            self.run_log.write("samples.jsonl", {"step": step} | sample)
+        self.run_log.write("timings.jsonl", timings)
+        shown = metrics | {"seconds": timings["seconds"]}
+        console.log(console.step_line(shown))
+        self.recent = [*self.recent, shown][-RECENT_STEPS:]
+        for warning in diagnose(self.recent) - self.warned:
+            console.log(f"warning: {warning}")
+            self.warned.add(warning)
+        if step == self.first + 3:
+            self._report_cost(self.last - step)
 
     def _report_cost(self, steps_left: int) -> None:
-        """After three steps: what a step takes, and the plan against what was measured."""
-        per_step = median(figures["seconds"] for figures in self.recent)
-        say(f"about {per_step:.1f} s a step: {console.duration(steps_left * per_step)} to go")
+        """Estimate the time left, and compare the memory plan with what was measured."""
+        per_step = median(metrics["seconds"] for metrics in self.recent)
+        left = console.duration(steps_left * per_step)
+        console.log(f"about {per_step:.1f} s per step: {left} to go")
         if self.config.model.device == "cuda":
-            for phase in ("rollout", "update"):
-                planned, peak = (
-                    sum(getattr(self.plan, phase).values()),
-                    self.watches[phase].peak_bytes,
+            for name, parts in (("rollout", self.plan.rollout), ("update", self.plan.update)):
+                progress = self.latest[name]
+                console.log(
+                    f"{name}: {progress.peak_bytes / GIB:.2f} GiB at the peak, "
+                    f"{sum(parts.values()) / GIB:.2f} planned; "
+                    f"{progress.card_bytes / GIB:.2f} in use on the whole card"
                 )
-                say(
-                    f"{phase}: {peak / GIB:.2f} GiB at the peak, {planned / GIB:.2f} planned; "
-                    f"{self.watches[phase].card_bytes / GIB:.2f} in use on the card as a whole"
-                )
+
+    def log_evaluation(self, step: int, episodes: list[Episode]) -> None:
+        if self.world.rank > 0:
+            return
+        self._check_directory()
+        metrics, seconds = evaluation_metrics(episodes), self.latest["evaluation"].seconds["all"]
+        self.run_log.write("metrics.jsonl", {"step": step} | metrics)
+        self.run_log.write("timings.jsonl", {"step": step, "seconds/evaluation": seconds})
+        mean_length = metrics["eval/mean_length"]
+        console.log(f"step {step}: {_success(metrics)}, mean length {mean_length:.0f}")
 
     def _check_directory(self) -> None:
-        if self.output.is_lost():
-            raise Stopped(f"{self.directory} was removed or replaced while the run was going")
+        if self.lock.is_lost():
+            raise Stopped(f"{self.directory} was removed or replaced while the run was using it")
 
     def _save(self) -> None:
-        """After steps that were skipped nothing older is removed: it may be the last from which the numbers stay finite."""
-        with by_all(self.processes):
-            if self.output.is_anothers():
+        """Save a checkpoint. After a skipped step no older one is removed.
+
+        Weights that lead to skipped steps may be finite and still bad.
+        """
+        with fails_on_all_ranks(self.world):
+            if self.world.rank == 0 and self.lock.is_replaced():
                 raise NotSaved(f"{self.directory} may belong to another run now")
-        clock, keep = time.perf_counter(), self.config.training.keep_checkpoints
-        save_checkpoint(
-            self.checkpoints,
-            self.model,
-            self.tokenizer,
-            self.optimizer,
-            self.place,
-            keep=None if self.skipped_in_a_row else keep,
-        )
-        self.saved_step = self.place.step
-        if not self.output.holds_run():  # the directory was removed, and has just been made again
-            self.output.write_config(self.config)
-        self.output.write(
-            "timings.jsonl",
-            {"step": self.place.step, "seconds/checkpoint": time.perf_counter() - clock},
-        )
+        start, parts = time.perf_counter(), (self.model, self.tokenizer, self.optimizer)
+        keep = None if self.skipped_in_a_row else self.config.training.keep_checkpoints
+        save_checkpoint(self.checkpoints, *parts, self.state, keep=keep)
+        self.saved_step = self.state.step
+        if self.world.rank == 0:
+            if not self.config_path.exists():  # the directory was removed and is made again
+                self._write_config()
+            record = {"step": self.saved_step, "seconds/checkpoint": time.perf_counter() - start}
+            self.run_log.write("timings.jsonl", record)
 
     # ------------------------------------------------------------ the end
 
     def __exit__(self, kind, error, traceback) -> bool:
-        """Save what is good, close all, and turn what happened into a message and an exit code."""
+        """Save what can be saved, close everything, and explain the end of the run."""
         message, self.exit_code = self._explain(error)
-        foreseen = self.exit_code != UNFORESEEN  # else Python shows where it came up
-        with self.closing:
-            parting = self._tell_the_others(error, message) if self.processes.size > 1 else None
-            lost = parting is not None and not parting.can_meet
-            if parting is not None:
-                message, self.exit_code = parting.reason, parting.code
+        is_foreseen = self.exit_code != UNFORESEEN  # if not, Python prints the traceback
+        with self._closing:
+            if self.world.size > 1:
+                error = self._tell_other_ranks(error, message)
+                message, self.exit_code = self._explain(error)
             if self.has_begun:
-                message += (
-                    self._outcome()
-                    if error is parting is None
-                    else self._save_what_is_good(error, lost=lost)
-                )
-        if self.processes.rank == 0 or (lost and parting.reason):
-            console.say_last(message.strip(), failed=self.exit_code in (1, 2, UNFORESEEN))
-        return foreseen
-
-    def _tell_the_others(self, error: BaseException | None, message: str) -> Parting | None:
-        """All processes end for one reason, and all wait for the last to come to its end. None: there was nothing wrong."""
-        try:
-            if error is None:
-                self.processes.share([])
-            elif not isinstance(error, Parting):
-                self.processes.leave(
-                    message or ("" if isinstance(error, Finished) else f"error: {error!r}"),
-                    self.exit_code,
-                )
-        except Parting as parting:
-            error = parting
-        return error
+                message += self._outcome() if error is None else self._save_finished_steps(error)
+        is_reporter = isinstance(error, RankLost) and error.reason  # rank 0 may be the lost one
+        if message and (self.world.rank == 0 or is_reporter):
+            show = console.show_error if self.exit_code else console.log
+            show(message.strip())
+        return is_foreseen
 
     def _explain(self, error: BaseException | None) -> tuple[str, int]:
-        """What to say, and the exit code."""
+        """The message and the exit code."""
         if error is None or isinstance(error, Finished):
             return "", 0
-        if isinstance(error, Parting):
-            return error.reason, error.code
+        if isinstance(error, RankFailure):
+            return error.reason, error.exit_code
         if isinstance(error, Interrupted):
             return "interrupted", 128 + self.signals.received
         if isinstance(error, ValueError) or (isinstance(error, OSError) and not self.has_begun):
@@ -564,74 +502,130 @@ class Run:
         if is_out_of_memory(error) and self.plan is not None:
             first_line = str(error).partition("\n")[0]
             return (
-                f"error: memory is full in the {self.phase_name} ({first_line}); lower model.memory_gib below "
-                f"{self.plan.budget / GIB:.1f}, which makes the plan smaller. The plan was\n{self.plan.table()}"
+                f"error: out of memory in the {self.phase} ({first_line}); set model.memory_gib "
+                f"below {self.plan.budget / GIB:.1f} for a smaller plan. The plan was\n"
+                f"{self.plan.table()}"
             ), 1
         if isinstance(error, Stopped | OSError | FloatingPointError):
             return f"error: {error}", 1
         return "", UNFORESEEN
 
-    def _save_what_is_good(self, error: BaseException | None, *, lost: bool) -> str:
-        """Whatever ended the run, the steps since the last checkpoint are not lost if their weights are good.
+    def _tell_other_ranks(self, error: BaseException | None, message: str) -> BaseException | None:
+        """Let all ranks end together: for the same reason, and not before the last one is here."""
+        try:
+            if error is None or isinstance(error, Finished):
+                self.world.all_gather_objects(None)
+            elif not isinstance(error, RankFailure):
+                self.world.fail(message or f"error: {error!r}", self.exit_code)
+        except RankFailure as failure:
+            return failure
+        return error
 
-        lost: not all processes are there any more, and none has the whole of the optimizer's state.
+    def _save_finished_steps(self, error: BaseException) -> str:
+        """Save the steps since the last checkpoint if their weights are good; say what is saved.
+
+        An error in the update may have left the weights half updated. With several ranks, any error
+        may have done so, but a signal stops all of them at the same point.
         """
-        whole = "update" not in self.watches or not self.watches["update"].critical
-        unsaved = self.place.step > self.saved_step or (
-            self.saved_step and not self._saved().is_dir()
-        )
-        text = f"\nthe steps after {self.saved_step} are lost" if unsaved else ""
-        if not lost and all(
-            self.processes.share([bool(unsaved) and whole and not isinstance(error, NotSaved)])
-        ):
+        if isinstance(error, RankFailure):
+            is_safe = error.is_signal
+        else:
+            is_safe = isinstance(error, Interrupted) or self.phase != "update"
+        failure = ""
+        if is_safe and not isinstance(error, NotSaved):
             try:
-                self._save()
-                text = ""
-            except OSError as failure:
-                text += f": {failure}"
-        return text + (
-            f"\n{self._saved()} is saved; go on with the same command and --resume"
-            if self._saved().is_dir()
-            else ""
-        )
+                if self.world.all_gather_objects(self._has_unsaved_steps())[0]:
+                    self._save()
+            except (OSError, RankFailure) as reason:
+                failure = f": {reason}"
+        text, path = "", checkpoint_path(self.checkpoints, self.saved_step)
+        if self._has_unsaved_steps():
+            text = f"\nthe steps after {self.saved_step} are lost{failure}"
+        if path.is_dir():
+            text += f"\n{path} is saved; continue with the same command and --resume"
+        return text
 
-    def _saved(self) -> Path:
-        return checkpoint_path(self.checkpoints, self.saved_step)
+    def _has_unsaved_steps(self) -> bool:
+        if self.state.step > self.saved_step:
+            return True
+        was_removed = not checkpoint_path(self.checkpoints, self.saved_step).is_dir()
+        return self.saved_step > 0 and was_removed
 
     def _outcome(self) -> str:
-        evaluations = [
-            record
-            for record in self.output.read("metrics.jsonl")
-            if None not in map(record.get, SHOWN)
-        ]
-        if not evaluations:  # a process that does not write
+        """What the run has achieved: its first and its last evaluation."""
+        if self.world.rank > 0:
             return ""
-        return (
-            f"before: {_success(evaluations[0])}\nafter:  {_success(evaluations[-1])}\n"
-            f"{self._saved()} is the trained model, in the published format"
-        )
+        path = checkpoint_path(self.checkpoints, self.saved_step)
+        text = f"{path} is the trained model, in the published format"
+        records = self.run_log.read("metrics.jsonl")
+        # A value is None if it was not a number, because the task counts no correct answers.
+        evaluations = [r for r in records if None not in map(r.get, SUCCESS)]
+        if evaluations:
+            before, after = _success(evaluations[0]), _success(evaluations[-1])
+            text = f"before: {before}\nafter:  {after}\n{text}"
+        return text
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """config, resume, plan (the number of cards, None without --plan) and overrides."""
+    parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
+    parser.add_argument("--config", default="config.yaml", help="default: config.yaml")
+    mode = parser.add_mutually_exclusive_group()
+    text = "continue the run in output_dir with its own config"
+    mode.add_argument("--resume", action="store_true", help=text)
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    text = "print the memory that the run needs on each of CARDS cards (default: 1), and end"
+    mode.add_argument("--plan", nargs="?", const=num_ranks, metavar="CARDS", help=text)
+    text = "for example training.learning_rate=5e-6"
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=text)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.plan is not None:
+        if "=" in arguments.plan:  # an override, which argparse has taken for the number of cards
+            arguments.overrides.insert(0, arguments.plan)
+            arguments.plan = num_ranks
+        cards = arguments.plan
+        if not cards.isdecimal() or int(cards) == 0:
+            raise ValueError(f"--plan {cards}: wanted the number of cards, for example --plan 4")
+        arguments.plan = int(cards)
+    return arguments
 
 
 def _prepare_process(config: Config) -> None:
-    """Before the device is used for the first time."""
+    """Must run before the device is used for the first time."""
     if config.model.device == "cuda":
-        return gpu.prepare_process()
+        gpu.prepare_process()
+        return
     cpu.prepare_process()
     if warning := cpu.warn_of_slow_dtype(getattr(torch, config.model.dtype)):
-        say(f"warning: {warning}")
+        console.log(f"warning: {warning}")
+
+
+def _why_no_gpu() -> str:
+    """Why the ranks on this machine cannot have a GPU each, and the way out; empty if they can."""
+    if reason := why_no_cuda():
+        return reason
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > gpus:
+        return (
+            f"torchrun started {ranks} processes here, but there are {gpus} CUDA devices; lower "
+            "--nproc-per-node"
+        )
+    return ""
 
 
 def _success(metrics: dict) -> str:
     return (
-        f"{metrics['eval/success']:.1%} of {metrics['eval/questions']:.0f} held-out questions solved "
-        f"(95 % interval {metrics['eval/success_low']:.1%} … {metrics['eval/success_high']:.1%})"
+        f"{metrics['eval/success']:.1%} of {metrics['eval/questions']:.0f} held-out questions "
+        f"solved (95 % interval {metrics['eval/success_low']:.1%} … "
+        f"{metrics['eval/success_high']:.1%})"
     )
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple]:
+def differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple]:
+    """(dotted key, old value, new value) for each value that differs between two configs."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
+            yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
