@@ -1,7 +1,7 @@
-"""What several test files build: tiny models whose every parameter is random, and episodes from plain numbers.
+"""Tiny models with random parameters, and episodes from plain numbers.
 
-Sizes are distinct primes where divisibility allows: 3 layers, 2 key heads x 5 query heads each, head size 2 x 3,
-hidden 60, MLP 37, 101 rows of the head.
+Sizes are different primes where divisibility allows: 3 layers, 2 key heads x 5 query heads each,
+head size 2 x 3, hidden size 60, MLP 37, vocabulary 101.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 
-from data_types import Episode, Reward, NoProgress
+from data_types import Episode, NoProgress, Reward
 from qwen2_model import Qwen2Config, Transformer
 
 CONFIG = Qwen2Config(
@@ -35,7 +35,7 @@ CONFIG = Qwen2Config(
 
 
 def random_model(*, tied: bool = False, seed: int = 0, vocab_size: int = 101) -> Transformer:
-    """Norm weights and biases are far from 1 and 0, so that leaving one out shows."""
+    """Norm weights are far from 1 and biases far from 0, so that a test notices a missing one."""
     model = Transformer(
         Qwen2Config(**asdict(CONFIG) | {"tie_word_embeddings": tied, "vocab_size": vocab_size})
     )
@@ -97,7 +97,7 @@ def episode(
 
 
 class Seen(NoProgress):
-    """Remembers what the algorithm reported."""
+    """Records what the algorithm reports."""
 
     def __init__(self):
         self.phases, self.updates, self.counts = [], [], Counter()
@@ -112,7 +112,7 @@ class Seen(NoProgress):
 
 
 def write_word_tokenizer(directory: Path, *, size: int, stop_ids: list[int]) -> Path:
-    """A tokenizer whose entry i is the word "w<i>", as files that Tokenizer.from_pretrained reads."""
+    """Write a tokenizer whose entry i is the word "w<i>", for Tokenizer.from_pretrained."""
     directory.mkdir(parents=True, exist_ok=True)
     FastTokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(
         str(directory / "tokenizer.json")
@@ -124,8 +124,8 @@ def write_word_tokenizer(directory: Path, *, size: int, stop_ids: list[int]) -> 
     return directory
 
 
-def sign(checkpoint: Path) -> None:
-    """Make whatever stands in a checkpoint look as if it had been written so."""
+def add_checksums(checkpoint: Path) -> None:
+    """Write checksums that fit whatever is in a checkpoint."""
     sums = {
         file.name: f"{zlib.crc32(file.read_bytes()):08x}"
         for file in checkpoint.iterdir()

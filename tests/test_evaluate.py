@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import evaluate
-from tests.helpers import sign
+from tests.helpers import add_checksums
 from tokenizer import Tokenizer
 from warm_start import make_tokenizer, new_model
 
@@ -158,7 +158,7 @@ def run(models, chance_task, tmp_path):
         state = {"step": step, "optimizer_steps": step, "log_sizes": {}, "config": {}}
         (checkpoint / "trainer.json").write_text(json.dumps(state))
         save_file({"exp_avg": torch.zeros(3)}, checkpoint / "optimizer.tensors")
-        sign(checkpoint)
+        add_checksums(checkpoint)
     (tmp_path / "run/config.yaml").write_text(CONFIG)
     return tmp_path / "run"
 
