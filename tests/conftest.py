@@ -1,13 +1,12 @@
-"""No test needs a network or a GPU; what needs a GPU skips by name without one."""
+"""No test needs a network or a GPU. A test marked "gpu" is skipped where there is none."""
 
 import os
 import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: two processes of two threads would wait for each other
+# Set before torch is imported: two test processes with two threads each would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -17,12 +16,12 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
-    """The directory of a small model, random enough that its answers differ: every step has something to learn."""
+    """The directory of a small model with weights so random that its answers differ."""
     from tokenizer import Tokenizer
     from warm_start import make_tokenizer, new_model
 
@@ -33,7 +32,7 @@ def base_model(tmp_path_factory) -> Path:
         model = new_model(Tokenizer.from_pretrained(directory), hidden_size=32, num_layers=1)
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(10)  # as it begins, every token is equally likely
+                parameter.mul_(10)  # before that, all tokens are about equally likely
     model.save_pretrained(directory)
     return directory
 
@@ -48,11 +47,9 @@ def one_thread():
 
 @pytest.fixture
 def own_signals():
-    """train.py takes over the signals of its process; this gives them back."""
-    handlers = {
-        signum: signal.getsignal(signum)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    """Restores the signal handlers that train.py replaces."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
