@@ -296,10 +296,9 @@ def update_policy(
     whole batch, so micro-batching does not reweight tokens. Answers with advantage 0 count in the
     denominator but are not run. Temperature and vocab_size are those of the rollout.
 
-    The step is skipped, and UpdateStats.skipped says why, if no answer is kept, if every kept
-    advantage or the whole gradient is 0, or if a value is not finite; broken_questions then lists
-    the questions responsible. If progress.update raises (Ctrl-C), the weights and the optimizer
-    state are unchanged.
+    If no answer is kept, every kept advantage or the whole gradient is 0, or a value is not finite,
+    the step is skipped and UpdateStats.skipped says why; broken_questions lists the questions that
+    led to a non-finite value. If progress.update raises (Ctrl-C), nothing has changed.
 
     With several ranks, each runs its share of the micro-batches. The gradients are summed across
     ranks, so every rank sees the same loss and norm and takes the same decision.

@@ -166,15 +166,15 @@ def test_the_table_of_what_fits_is_what_the_plan_says():
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ("model.device=cpu model.memory_gib=1.1", "model.memory_gib="),
+        ("model.device=cpu model.memory_gib=1.0", "model.memory_gib="),
         ("model.device=cpu model.memory_gib=1.6", "training.micro_batch_tokens="),
         ("model.device=cuda model.memory_gib=2.4", "training.micro_batch_tokens="),
         (
-            "model.device=cuda model.memory_gib=1.8 training.micro_batch_tokens=704",
+            "model.device=cuda model.memory_gib=1.6 training.micro_batch_tokens=704",
             "optimizer.offload=true",
         ),
         (
-            "model.device=cuda model.memory_gib=1.8",
+            "model.device=cuda model.memory_gib=1.6",
             "optimizer.offload=true and training.micro_batch_tokens=",
         ),
         ("model.device=cuda model.memory_gib=1.2", "model.memory_gib="),
@@ -184,7 +184,8 @@ def test_the_table_of_what_fits_is_what_the_plan_says():
 def test_the_advice_makes_the_run_fit(settings, advice):
     # Catches: offloading advised to a CPU, or where it is not enough; a smaller micro-batch advised
     # where the rollout does not fit; the needed memory rounded down.
-    settings = ["training.micro_batch_tokens=8192", *settings.split()]
+    defaults = ["training.micro_batch_tokens=8192", "optimizer.offload=false"]
+    settings = [*defaults, *settings.split()]
     with pytest.raises(ValueError, match=r"does not fit into \d\.\d\d GiB \(model\.mem") as error:
         make_plan(small(*settings), SHAPE)
     advised = str(error.value).splitlines()[-1]
