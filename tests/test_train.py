@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
+import grpo
 import train
 from data_types import Reward
 from harness import checkpoint, run
@@ -266,18 +267,13 @@ def test_a_signal_saves_the_finished_steps_and_resuming_doubles_nothing(
 
 def test_a_signal_during_the_update_saves_the_steps_before_it(base_model, tmp_path, monkeypatch):
     # Catches: an interrupted update taken for one that failed.
-    pack = Planted(train.update_policy, None, [])
-    plain = pack.function
+    def send_signal(micro_batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batches
 
-    def interrupted_update(*args, progress, **kwargs):
-        pack.count += 1
-        if pack.count == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args, progress=progress, **kwargs)
-
-    monkeypatch.setattr(train, "update_policy", interrupted_update)
-    arguments = command(tmp_path / "run", base_model, NEVER)
-    assert train.main(arguments) == 128 + signal.SIGTERM
+    pack = Planted(grpo.pack_micro_batches, send_signal, [3])
+    monkeypatch.setattr(grpo, "pack_micro_batches", pack)
+    assert train.main(command(tmp_path / "run", base_model, NEVER)) == 128 + signal.SIGTERM
     assert saved(tmp_path / "run") == ["step-000002"]
 
 
