@@ -22,6 +22,7 @@ import pickle
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
@@ -39,6 +40,7 @@ FUNCTIONS = ("load_problems", "render_prompt", "reward_function")
 MAX_NUMBER = 1e6  # a finite reward beyond this is a bug in the task
 MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may allocate
 MAX_REPLY = 2**20  # bytes
+SERVER_SECONDS = 1.0  # to wait before the second try to start a worker
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -164,21 +166,27 @@ class IsolatedReward:
                 self._kill_worker()
 
     def _start_worker(self) -> None:
+        try:
+            self._fork_worker()
+        except (EOFError, OSError):  # a server that was just killed still looks alive
+            time.sleep(SERVER_SECONDS)
+            try:
+                self._fork_worker()
+            except (EOFError, OSError) as error:
+                raise ChildProcessError(
+                    f"cannot start a process for the reward function of task={self.task_name!r}: "
+                    f"{error!r}"
+                ) from None
+
+    def _fork_worker(self) -> None:
         _start_forkserver()
         self._connection, theirs = self._context.Pipe()
         # Not daemon=True: a daemon may not use multiprocessing, and some tasks do.
-        self._worker = self._context.Process(
-            target=_serve, args=(theirs, self.task_name, self.timeout)
-        )
-        try:
-            self._worker.start()  # imports train.py once more, which takes 0.1 s and does no harm
-            theirs.close()
-            self._line = json.loads(self._connection.recv_bytes(MAX_REPLY))
-        except (EOFError, OSError) as error:
-            raise ChildProcessError(
-                f"cannot start a process for the reward function of task={self.task_name!r}: "
-                f"{error!r}"
-            ) from None
+        worker = self._context.Process(target=_serve, args=(theirs, self.task_name, self.timeout))
+        worker.start()  # imports train.py once more, which takes 0.1 s and does no harm
+        theirs.close()
+        self._line = json.loads(self._connection.recv_bytes(MAX_REPLY))
+        self._worker = worker
 
     def _kill_worker(self) -> None:
         with contextlib.suppress(OSError):  # it has not made its process group yet, or is gone
