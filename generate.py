@@ -54,7 +54,7 @@ def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 # ---------------------------------------------------------------- one token
 
 
-def sampling_logits(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
+def scale_and_mask_(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
     """Divide logits by the temperature and mask the rows beyond the tokenizer, in place.
 
     logits_PV: float32 or float64. The softmax of the result is the policy π, in sampling and in
@@ -97,7 +97,7 @@ def generate_one(
     tokens_1L = torch.tensor([prompt], device=head_VE.device)
     for uniform_1 in uniforms_G[: params.max_gen_len].to(head_VE.device).split(1):
         logits_1V = model.next_token_logits(tokens_1L, cache)
-        logits_1V = sampling_logits(logits_1V, params.temperature, params.vocab_size)
+        logits_1V = scale_and_mask_(logits_1V, params.temperature, params.vocab_size)
         logprobs_1V = torch.log_softmax(logits_1V, dim=-1)
         ids_1, _, _ = sample_tokens(logprobs_1V, uniform_1, params.vocab_size)
         yield int(ids_1)
@@ -309,7 +309,7 @@ class Decoder:
         lengths_R, active_R = self.lengths_A[answers_R], ~self.ended_A[answers_R]
         tokens_R = self.ids_AG[answers_R, lengths_R]
         logits_RV = self.model.next_token_logits(tokens_R[:, None], self.cache, active_B=active_R)
-        sampling_logits(logits_RV, self.params.temperature, self.params.vocab_size)
+        scale_and_mask_(logits_RV, self.params.temperature, self.params.vocab_size)
         logprobs_RV = torch.log_softmax(logits_RV, dim=-1, out=logits_RV)
         uniform_R = self.uniforms_AG[answers_R, lengths_R]
         ids_R, logprobs_R, entropies_R = sample_tokens(

@@ -8,20 +8,22 @@
 
 Departures from the paper:
 1. One step per batch, so the policy that is trained is the policy that sampled. The importance
-   ratio is 1, its gradient is that of log π, and there is nothing to clip. Only rounding makes a
-   difference, which each step measures (UpdateStats.logprob_diff_mean).
-2. No KL term and no reference model, as in DAPO (arXiv:2503.14476): the reward is a rule, not a
-   learned model that the policy could exploit.
+   ratio is 1, its gradient is that of log π, and there is nothing to clip. Sampler and trainer
+   differ only by rounding, and each step measures how much (UpdateStats.logprob_diff_mean).
+2. No KL term and no reference model; DAPO (arXiv:2503.14476) has none either. The reward is a rule,
+   which is harder to exploit than a learned reward model.
 3. Every response token of the batch has the same weight, as in DAPO's token-level loss. With a mean
    per answer, a token of a short answer would weigh more than one of a long answer.
 4. Answers that were cut off by the length budget can be left out of the loss, as in DAPO's overlong
    filtering. They still count in the mean and the standard deviation of their group.
 
 An episode is one answer with its reward. A micro-batch is a sequence of prompts and answers in
-which each token sees only its own prompt and answer (packing.py).
+which each token attends only to itself and to what precedes it in its own prompt and answer
+(packing.py).
 
-Dimension key: N questions, M answers per question, P response tokens of a micro-batch, C of a chunk
-               of them, S all tokens of a micro-batch, E hidden size, V rows of the head.
+Dimension key: N questions, M answers per question, S tokens of a micro-batch, P response tokens of
+               a micro-batch, C response tokens of a chunk, E hidden size, V rows of the head (more
+               than the tokenizer has entries).
 """
 
 import functools
@@ -37,14 +39,14 @@ from torch.autograd.function import once_differentiable
 
 from data_types import Episode, NoProgress, Question, Reward, SingleProcess, UpdateStats
 from flat import ALIGNMENT, norm, zero_gradient
-from generate import SamplingParams, check_length, generate, sampling_logits, seeded_generator
+from generate import SamplingParams, check_length, generate, scale_and_mask_, seeded_generator
 from packing import MicroBatch, pack_micro_batches, packed_attention
 from qwen2_model import Transformer, head_logits
 from tokenizer import Tokenizer
 
-# Size of the float32 logits of a chunk. Smaller chunks take less memory. Larger ones add up the
-# gradient of the head in fewer bf16 additions: over 40,000 tokens it is off by 2.5 % with 64 MB,
-# by 1.9 % with 160 MB, and by 1.3 % without any chunks.
+# Size of the float32 logits of a chunk. Smaller chunks take less memory. But each chunk is one bf16
+# addition to the gradient of the head, and each addition rounds: the gradient over 40,000 tokens is
+# off by 2.5 % with 64 MB, by 1.9 % with 160 MB and by 1.3 % in one piece.
 LOGIT_CHUNK_BYTES = {"cpu": 64 * 1000**2, "cuda": 160 * 1000**2}
 
 
@@ -61,8 +63,9 @@ def draw_problems(problems: Sequence[dict], step: int, *, count: int, seed: int)
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled(total: int, seed: int, number: int) -> list[int]:
-    return torch.randperm(total, generator=seeded_generator(seed, "order", number)).tolist()
+def _shuffled(num_problems: int, seed: int, pass_index: int) -> list[int]:
+    generator = seeded_generator(seed, "order", pass_index)
+    return torch.randperm(num_problems, generator=generator).tolist()
 
 
 def make_question(task: ModuleType, problem: dict[str, Any], tokenizer: Tokenizer) -> Question:
@@ -90,9 +93,9 @@ def rollout(
     """Sample num_answers answers to each question and score them.
 
     Answer j to question i is episode i * num_answers + j and has question_id i. An answer may take
-    max_gen_len tokens, whatever the length of its prompt. One that is cut off there is scored as it
-    is. cache_bytes is the memory for the KV cache. Each rank works on its shard of the questions,
-    and all ranks return all episodes. The sampled tokens depend on neither.
+    max_gen_len tokens, whatever the length of its prompt; an answer cut off at that length is
+    scored as it is. Each rank works on its shard of the questions, and all ranks return all episodes.
+    The sampled tokens depend neither on the ranks nor on cache_bytes, the memory for the KV cache.
 
     Raises ValueError, naming the question, if a prompt leaves no room for an answer.
     """
@@ -154,7 +157,7 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
     rewards_NM = rewards_NM.float()
     std_N1 = rewards_NM.std(dim=1, keepdim=True, correction=0)
     advantages_NM = (rewards_NM - rewards_NM.mean(dim=1, keepdim=True)) / (std_N1 + eps)
-    # Otherwise the rounding error of the mean would become an advantage.
+    # The mean of equal rewards has a rounding error, which must not become an advantage.
     all_equal_N1 = (rewards_NM == rewards_NM[:, :1]).all(dim=1, keepdim=True)
     return advantages_NM.masked_fill(all_equal_N1, 0.0)
 
@@ -162,7 +165,7 @@ def group_advantages(rewards_NM: Tensor, eps: float = 1e-4) -> Tensor:
 def episode_advantages(episodes: list[Episode]) -> list[float]:
     """The advantage of each episode within its group, which includes the unfinished answers.
 
-    Episodes of a group may be in any order and number, at least two.
+    The episodes may be in any order. Each group needs at least two.
     """
     groups: dict[int, list[int]] = {}  # question_id -> indices of its episodes
     for i, episode in enumerate(episodes):
@@ -183,7 +186,7 @@ def token_logprobs(
 ) -> Tensor:
     """log π(target) at each position, differentiable with respect to hidden_PE and head_VE.
 
-    π is the softmax of the first vocab_size logits / temperature, as in the sampler.
+    π is softmax(logits[:vocab_size] / temperature), as in the sampler.
 
     hidden_PE: the hidden state that predicts each target. head_VE: the weight of the vocabulary
     head. Returns (P,), in nats, float32 or wider. The logits (P, V) are never in memory as a whole.
@@ -209,7 +212,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs_P = torch.empty(len(hidden_PE), dtype=wide, device=hidden_PE.device)
         for chunk in _chunks(len(hidden_PE), head_VE):
             logits_CV = head_logits(hidden_PE[chunk], head_VE).to(wide)
-            sampling_logits(logits_CV, temperature, vocab_size)
+            scale_and_mask_(logits_CV, temperature, vocab_size)
             logprobs_CV = torch.log_softmax(logits_CV, dim=-1, out=logits_CV)
             logprobs_P[chunk] = logprobs_CV.gather(1, targets_P[chunk, None])[:, 0]
             del logits_CV, logprobs_CV  # free this chunk before the next one is allocated
@@ -223,7 +226,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_hidden_PE, grad_head_VE = torch.empty_like(hidden_PE), torch.zeros_like(head_VE)
         for chunk in _chunks(len(hidden_PE), head_VE):
             logits_CV = head_logits(hidden_PE[chunk], head_VE).to(grad_P.dtype)
-            sampling_logits(logits_CV, ctx.temperature, ctx.vocab_size)
+            scale_and_mask_(logits_CV, ctx.temperature, ctx.vocab_size)
             grad_C1 = grad_P[chunk, None] / ctx.temperature
             grad_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV).mul_(-grad_C1)
             grad_CV.scatter_add_(1, targets_P[chunk, None], grad_C1)
@@ -240,7 +243,7 @@ def _chunks(num_tokens: int, head_VE: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, num_tokens))
 
 
-def response_logprobs(
+def policy_logprobs(
     model: Transformer,
     micro_batch: MicroBatch,
     *,
@@ -292,13 +295,14 @@ def update_policy(
 
     loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|
 
-    m_ij is 0 for an unfinished answer if skip_unfinished is set, else 1. The denominator counts the
-    whole batch, so micro-batching does not reweight tokens. Answers with advantage 0 count in the
-    denominator but are not run. Temperature and vocab_size are those of the rollout.
+    A_ij is the advantage of answer a_ij (group_advantages). m_ij is 0 for an unfinished answer if
+    skip_unfinished is set, else 1. The denominator counts the whole batch, so micro-batching does
+    not reweight tokens. Answers with advantage 0 count in it but need no forward pass. Temperature
+    and vocab_size are those of the rollout.
 
-    If no answer is kept, every kept advantage or the whole gradient is 0, or a value is not finite,
-    the step is skipped and UpdateStats.skipped says why; broken_questions lists the questions that
-    led to a non-finite value. If progress.update raises (Ctrl-C), nothing has changed.
+    The step is skipped, and UpdateStats.skipped says why, if no answer is kept, if every kept
+    advantage or the gradient is 0, or if a value is not finite; broken_questions then lists the
+    suspects. If progress.update raises (Ctrl-C), weights and optimizer state are unchanged.
 
     With several ranks, each runs its share of the micro-batches. The gradients are summed across
     ranks, so every rank sees the same loss and norm and takes the same decision.
@@ -320,7 +324,7 @@ def update_policy(
     with progress.phase("gradient", sum(len(micro_batches[i].tokens_S) for i in local)):
         for i in local:
             micro_batch = micro_batches[i].to(gradient.device)
-            logprobs_P = response_logprobs(
+            logprobs_P = policy_logprobs(
                 model,
                 micro_batch,
                 temperature=temperature,
@@ -329,13 +333,13 @@ def update_policy(
             )
             loss = -(micro_batch.advantages_P * logprobs_P).sum() / num_tokens
             loss.backward()  # adds to the gradient
-            # The sampler's log-probabilities serve only to measure the difference.
+            # The sampler's log-probabilities are not in the loss; this measures the mismatch.
             difference_P = (logprobs_P.detach() - micro_batch.sampler_logprobs_P).abs()
             results.append((i, loss.item(), difference_P.cpu()))
             progress.update(len(micro_batch.tokens_S))
             del logprobs_P, loss  # free this graph before the next one is built
 
-    stats = _gather_stats(gradient, micro_batches, results, num_tokens, world)
+    stats = _sum_over_ranks(gradient, micro_batches, results, num_tokens, world)
     if not stats.skipped:
         if stats.grad_norm > max_grad_norm:  # clip by norm
             for parameter in model.parameters():
@@ -352,7 +356,7 @@ def _skip_before_update(
     answers: list[tuple[Episode, float]],
     num_tokens: int,
 ) -> UpdateStats | None:
-    """Why there is no gradient to compute, if there is none."""
+    """The stats of a step that is skipped before it has a gradient, or None if it is not."""
     broken = set()
     for e in episodes:
         if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs))):
@@ -373,7 +377,7 @@ def _skip_before_update(
     return None
 
 
-def _gather_stats(
+def _sum_over_ranks(
     gradient: Tensor,
     micro_batches: list[MicroBatch],
     results: list[tuple[int, float, Tensor]],
@@ -397,7 +401,7 @@ def _gather_stats(
         suspects = [i for i, loss, _ in gathered if not math.isfinite(loss)]
         for i in suspects or range(len(micro_batches)):
             broken.update(micro_batches[i].question_ids)
-    elif grad_norm == 0:  # possible if the loss is changed to one that clips
+    elif grad_norm == 0:
         skipped = "the gradient is 0"
     return UpdateStats(
         loss=total_loss,

@@ -2,15 +2,17 @@
 
     uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
 
-The advantage of an answer is its reward minus the mean of its group, divided by the standard
-deviation of the group. The step raises the log-probability of each token in proportion to the
-advantage of its answer, and lowers it where the advantage is negative. grpo.py has the equations.
+grpo.py has the algorithm and its equations; this is the loop.
 
-`run` (harness/run.py) takes care of everything around this loop. It locks the output directory,
-writes logs and checkpoints, and leaves the `with` block through an exception if a signal asks the
-program to stop. A resumed run loads its last good checkpoint, cuts its logs back to that step and
-repeats what came after it. On a CPU the result is the same to the bit, because every random number
-follows from the seed, its purpose and the step.
+`run` (harness/run.py) takes care of everything around it: it locks the output directory, writes
+logs and checkpoints, and loads the task that the config names. If a signal asks the program to stop,
+progress.update raises an exception inside the `with` block, and `run` saves a checkpoint and sets
+the exit code.
+
+A resumed run loads its last good checkpoint, cuts its logs back to that step and repeats everything
+after it, including an evaluation that followed the checkpoint. On a CPU its results equal those of
+an uninterrupted run to the bit, because each random number follows from the seed, its purpose and
+the step.
 """
 
 import sys
@@ -26,7 +28,7 @@ from tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 1 if the run had to stop, 2 for a user error, 128 + n for signal n."""
+    """Exit code: 0: success, 1: the run had to stop, 2: user error, 128 + n: signal n."""
     with Run() as run:
         run.open(argv)
         config, task, training = run.config, run.task, run.config.training
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         num_answers = training.batch_size // training.num_questions_per_batch
 
         def evaluate(step: int) -> None:
-            """One answer to each held-out question, with the same random numbers every time."""
+            """Sample one answer to each held-out question, always with the same random numbers."""
             with run.progress("evaluation") as progress:
                 episodes = rollout(
                     model,
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                     world=run.world,
                     progress=progress,
                 )
+            # The learning rate rises linearly during the warm-up and is constant afterwards.
             warmup = min(1.0, step / max(1, training.warmup_steps))
             optimizer.lr = training.learning_rate * warmup
             with run.progress("update") as progress:
@@ -103,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
                     world=run.world,
                     progress=progress,
                 )
-            run.log_step(step, questions, episodes, stats)  # and save a checkpoint when one is due
+            run.finish_step(
+                step, questions, episodes, stats
+            )  # and save a checkpoint when one is due
         evaluate(training.max_steps)
     return run.exit_code
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import countdown_task
 from data_types import Episode, Reward
 from flat import allocate, zero_gradient
-from grpo import response_logprobs
+from grpo import policy_logprobs
 from harness import cpu
 from harness.config import load_config
 from harness.console import with_exit_code
@@ -324,7 +324,7 @@ def train_supervised(
         zero_gradient(model.parameters())
         total_loss = 0.0
         for micro_batch in pack_micro_batches(answers, MICRO_BATCH_TOKENS):
-            logprobs_P = response_logprobs(
+            logprobs_P = policy_logprobs(
                 model, micro_batch, temperature=1.0, vocab_size=tokenizer.vocab_size
             )
             loss = -(micro_batch.advantages_P * logprobs_P).sum() / num_tokens

@@ -346,7 +346,7 @@ class Run:
         if self.world.size > 1:
             self.world.check()
 
-    def log_step(
+    def finish_step(
         self, step: int, questions: list[Question], episodes: list[Episode], stats: UpdateStats
     ) -> None:
         """Write what the step computed and cost; save a checkpoint if one is due.

@@ -16,7 +16,7 @@ from generate import (
     generate,
     generate_one,
     sample_tokens,
-    sampling_logits,
+    scale_and_mask_,
 )
 from qwen2_model import KVCache
 
@@ -33,7 +33,7 @@ SAMPLING = SamplingParams(MAX_GEN_LEN, TEMPERATURE, VOCAB, STOP_IDS)
 
 
 def log_probs(logits_PV, temperature, vocab_size):
-    return torch.log_softmax(sampling_logits(logits_PV, temperature, vocab_size), dim=-1)
+    return torch.log_softmax(scale_and_mask_(logits_PV, temperature, vocab_size), dim=-1)
 
 
 def run(

@@ -383,8 +383,8 @@ def test_non_finite_weights_skip_the_step_and_name_the_question():
 
 def test_a_gradient_of_0_skips_the_step(monkeypatch):
     # Catches: optimizer.step() on zeros, which moves the weights by momentum.
-    plain = grpo.response_logprobs
-    monkeypatch.setattr(grpo, "response_logprobs", lambda *a, **k: 0.0 * plain(*a, **k))
+    plain = grpo.policy_logprobs
+    monkeypatch.setattr(grpo, "policy_logprobs", lambda *a, **k: 0.0 * plain(*a, **k))
     stats = assert_no_step(random_model(), batch(True))
     assert stats.skipped == "the gradient is 0"
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.synthetic import random_episodes, random_model
 from flat import zero_gradient
-from grpo import LOGIT_CHUNK_BYTES, response_logprobs
+from grpo import LOGIT_CHUNK_BYTES, policy_logprobs
 from harness import cpu
 from harness.config import load_config
 from harness.cpu import packs_for_decoding
@@ -134,7 +134,7 @@ def test_the_gradient_takes_the_memory_that_is_planned(answer_len, chunk, tied, 
     (micro_batch,) = pack_micro_batches([(e, 1.0) for e in episodes], tokens)
     zero_gradient(model.parameters())
     with PeakMemory() as memory:
-        logprobs_P = response_logprobs(model, micro_batch, temperature=1.0, vocab_size=5003)
+        logprobs_P = policy_logprobs(model, micro_batch, temperature=1.0, vocab_size=5003)
         logprobs_P.sum().backward()
     assert 0.6 < memory.peak / sum(planned.values()) <= 1
 
