@@ -94,8 +94,9 @@ def rollout(
 
     Answer j to question i is episode i * num_answers + j and has question_id i. An answer may take
     max_gen_len tokens, whatever the length of its prompt; an answer cut off at that length is
-    scored as it is. Each rank works on its shard of the questions, and all ranks return all episodes.
-    The sampled tokens depend neither on the ranks nor on cache_bytes, the memory for the KV cache.
+    scored as it is. Each rank works on its shard of the questions, and all ranks return all
+    episodes. The sampled tokens depend neither on the ranks nor on cache_bytes, the memory for the
+    KV cache.
 
     Raises ValueError, naming the question, if a prompt leaves no room for an answer.
     """

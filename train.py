@@ -5,9 +5,9 @@
 grpo.py has the algorithm and its equations; this is the loop.
 
 `run` (harness/run.py) takes care of everything around it: it locks the output directory, writes
-logs and checkpoints, and loads the task that the config names. If a signal asks the program to stop,
-progress.update raises an exception inside the `with` block, and `run` saves a checkpoint and sets
-the exit code.
+logs and checkpoints, and loads the task that the config names. If a signal asks the program to
+stop, progress.update raises an exception inside the `with` block, and `run` saves a checkpoint and
+sets the exit code.
 
 A resumed run loads its last good checkpoint, cuts its logs back to that step and repeats everything
 after it, including an evaluation that followed the checkpoint. On a CPU its results equal those of
