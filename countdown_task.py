@@ -135,7 +135,7 @@ def _value(tree: ast.expr) -> Fraction:
 
 
 class Data(BaseModel, extra="forbid", frozen=True, strict=True):
-    """The config's section `data`. The keys with a default only matter for path: synthetic."""
+    """The `data` section of the config. Keys with a default only matter for `path: synthetic`."""
 
     path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
     test_size: int = Field(ge=1, le=10**6)  # questions held out for evaluation
@@ -177,7 +177,7 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
     if not train:
         raise ValueError(
             f"{data.path} has {len(problems)} problems, and holding out data.test_size="
-            f"{data.test_size} of them and their equals leaves none to train on; lower "
+            f"{data.test_size} of them and their duplicates leaves none to train on; lower "
             "data.test_size or add problems"
         )
     return train, test

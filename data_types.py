@@ -1,6 +1,6 @@
-"""The values that cross file borders, and the defaults for the processes and the progress of a run.
+"""The data types that the files share, and the defaults for `world` and `progress`.
 
-Token ids are plain Python lists here. Padding, tensors and devices begin where a batch is built.
+Token ids are plain Python lists here. Tensors, padding and devices appear only in built batches.
 """
 
 import itertools
@@ -30,7 +30,7 @@ class Reward:
 class Episode:
     """One sampled answer with its reward. It never changes; its advantage is a separate value."""
 
-    question_id: int  # answers with the same id form a group, even if two questions read alike
+    question_id: int  # answers with the same id form a group, even if two questions are equal
     prompt_token_ids: list[int]
     response_token_ids: list[int]  # including the stop token, if one was sampled
     response_logprobs: list[float]  # log π of each response token as the sampler saw it, nats
@@ -47,9 +47,8 @@ class UpdateStats:
     loss: float
     grad_norm: float  # before clipping
     num_tokens: int  # kept response tokens: the denominator of the loss
-    logprob_diff_mean: float = (
-        0.0  # |log π of the trainer - of the sampler|, nats per trained token
-    )
+    # |log π of the trainer - log π of the sampler|, nats, over the trained tokens
+    logprob_diff_mean: float = 0.0
     logprob_diff_max: float = 0.0
     skipped: str = ""  # why the optimizer took no step; empty if it took one
     broken_questions: list[int] = field(default_factory=list)  # ids that led to a non-finite number
@@ -58,8 +57,8 @@ class UpdateStats:
 class SingleProcess:
     """A world of one process, where every collective operation is a no-op.
 
-    harness/distributed.py has the world of several processes. Each of them is a rank. All ranks
-    call the collectives in the same order.
+    harness/distributed.py has the version for several processes. Each process is a rank, and all
+    ranks call the collectives in the same order.
     """
 
     rank, size = 0, 1
@@ -67,14 +66,15 @@ class SingleProcess:
     def shards(self, total: int, multiple: int = 1) -> list[slice]:
         """Split `total` items into one slice per rank.
 
-        All slices have the same length, a multiple of `multiple`; the last ones may be shorter.
+        All slices have the same length, a multiple of `multiple`. Only the last ones may be
+        shorter, or empty.
         """
         length = -(-total // (self.size * multiple)) * multiple
         starts = [min(rank * length, total) for rank in range(self.size + 1)]
         return [slice(start, end) for start, end in itertools.pairwise(starts)]
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in the order of the ranks."""
+        """Return the values of all ranks, ordered by rank."""
         return [value]
 
     def reduce_scatter(self, flat: Tensor, shards: list[slice]) -> Tensor:

@@ -5,8 +5,8 @@
     uv run evaluate.py RUN --show [--step N] [--kind best|worst|longest]
 
 MODEL is a model directory in the published format, a checkpoint, or the directory of a run, which
-means its newest checkpoint. The config is that of the run, or config.yaml for any other model;
---config FILE and key.path=value change it as they do for train.py.
+means its newest checkpoint. The config is that of the run, or config.yaml for any other model.
+--config FILE replaces it, and key.path=value changes a setting, as for train.py.
 """
 
 import argparse
@@ -100,13 +100,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     if options.json and not Path(options.json).parent.is_dir():
         folder = Path(options.json).parent
         raise FileNotFoundError(
-            f"--json {options.json}: directory {folder} does not exist; make it"
+            f"--json {options.json}: directory {folder} does not exist; create it"
         )
     return options, paths, overrides
 
 
 def locate_model(path: str) -> tuple[Path, Path | None]:
-    """The model directory that a path means, and the config of its run if it belongs to one."""
+    """The model directory that a path refers to, and the config of its run if it has one."""
     directory = Path(path)
     if not (directory / "config.json").exists():
         found = newest_good(directory / "checkpoints")
@@ -130,7 +130,7 @@ def locate_model(path: str) -> tuple[Path, Path | None]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all questions to all models have in common."""
+    """What stays the same for all models and questions."""
 
     config: Config
     task: ModuleType
@@ -275,7 +275,7 @@ def print_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool
             break
         ids.append(token_id)
         answer = tokenizer.decode(ids)
-        # The last character may lack bytes that only the next token brings.
+        # The last character may lack bytes that only come with the next token.
         complete = answer.rstrip("\N{REPLACEMENT CHARACTER}")
         print(printable(complete[printed:]), end="", flush=True)
         printed = len(complete)
@@ -294,7 +294,7 @@ def describe(reward: float | None, parts: dict[str, float | None]) -> str:
 
 
 def show_samples(run: Path, *, step: int | None, kind: str | None) -> None:
-    """Print a run's samples; a question is printed once if several of its answers follow."""
+    """Print a run's samples. A question is printed once for consecutive answers to it."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     samples = [
         sample

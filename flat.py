@@ -1,7 +1,7 @@
 """Weights and gradient are one flat tensor each; parameters and their .grad are views of them.
 
-With flat tensors a norm is one call, the optimizer walks through slices without knowing any
-parameter, ranks shard by slicing, and a checkpoint holds one tensor for each kind of state.
+With flat tensors, a norm is one call, the optimizer works on slices and never looks at single
+parameters, ranks shard by slicing, and a checkpoint holds one tensor for each kind of state.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 64  # elements. Each parameter starts at a multiple of it; the gaps stay 0
+ALIGNMENT = 64  # in elements: each parameter starts at a multiple of it; the gaps stay 0
 
 
 def allocate(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device its weights: zeros, in one flat tensor."""
+    """Allocate the weights of a model built on the meta device: zeros in one flat tensor."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     flat = torch.zeros(_offsets(parameters)[-1], device=device, dtype=dtype)
     views = _views(flat, parameters)
@@ -22,7 +22,7 @@ def allocate(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype
 
 
 def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Make the parameters views of one flat tensor, if they are not yet, and return that tensor."""
+    """Make the parameters views of one flat tensor, unless they are already, and return it."""
     parameters = list(parameters)
     flat = _shared_tensor(parameters, parameters)
     if flat is None:
@@ -42,7 +42,7 @@ def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def gather_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the flat tensor that every .grad is a view of, or a copy if there is no such tensor.
+    """Return the flat tensor that every .grad is a view of; if there is none, copy them into one.
 
     A missing .grad counts as 0.
     """
@@ -57,9 +57,9 @@ def gather_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def norm(flat: Tensor) -> float:
-    """Euclidean norm, accumulated in float64: in float32 a million squares lose the fifth digit.
+    """Euclidean norm, accumulated in float64: in float32, a million squares lose the fifth digit.
 
-    It works in pieces, because a CPU makes a float64 copy of its argument.
+    It works in pieces, because on a CPU vector_norm makes a float64 copy of its argument.
     """
     pieces = flat.split(2**20)
     norms = torch.empty(len(pieces), device=flat.device, dtype=torch.float64)

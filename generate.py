@@ -1,15 +1,16 @@
 """Sampling: prompts of token ids in, sampled token ids out.
 
-generate_one is the algorithm: run the prompt, sample a token, run that token, until one of them
-stops the answer. generate does the same for many answers at once and samples the same tokens. It
-runs each prompt once for all of its answers (prefill), decodes the answers side by side
-(Decoder.step), and gives the place of an answer that has ended to one that waits (refill_slots).
+generate_one is the algorithm: run the prompt, sample a token, run that token, and so on until a
+stop token or the length limit. generate does the same for many answers at once and samples the same
+tokens. It runs each prompt once for all of its answers (prefill), decodes the answers side by side
+(Decoder.step), and gives the slot of an answer that has ended to a waiting answer (refill_slots).
 
 An answer is decoded in a slot of the KV cache; the memory budget decides how many slots there are.
 Each random number belongs to an answer and a position, not to a slot. So neither the memory budget
 nor the number of processes changes what is sampled.
 
-Dimension key: N prompts, A answers, R slots, G response tokens at most, V vocabulary, L tokens.
+Dimension key: N prompts, A answers, R slots, P positions, G response tokens at most, V vocabulary,
+               L tokens.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ PREFILL_TOKENS = 8192  # prompts run in batches of about this many tokens
 class SamplingParams:
     max_gen_len: int  # response tokens; every answer has this budget, whatever its prompt's length
     temperature: float
-    vocab_size: int  # entries of the tokenizer; the head has more rows, which are never sampled
+    vocab_size: int  # entries of the tokenizer; further rows of the head are never sampled
     stop_ids: frozenset[int]
 
 
@@ -55,7 +56,7 @@ def seeded_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
 
 def scale_and_mask_(logits_PV: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    """Divide logits by the temperature and mask the rows beyond the tokenizer, in place.
+    """Divide logits by the temperature and mask the ids beyond the tokenizer, in place.
 
     logits_PV: float32 or float64. The softmax of the result is the policy π, in sampling and in
     training: both call this function.
@@ -78,7 +79,7 @@ def sample_tokens(
     probs_RV = logprobs_RV.exp()
     entropy_R = -torch.einsum("rv,rv->r", probs_RV, logprobs_RV)
     cumulative_RV = probs_RV.cumsum_(dim=-1)
-    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]  # rounding may leave the sum off 1
+    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]  # the sum is only about 1
     ids_R1 = torch.searchsorted(cumulative_RV, threshold_R1, right=True)
     ids_R1.clamp_(max=vocab_size - 1)  # a parallel cumsum is not quite monotone at its end
     return ids_R1[:, 0], logprobs_RV.gather(1, ids_R1)[:, 0], entropy_R
@@ -130,7 +131,8 @@ def generate(
     """
     for i, prompt in enumerate(prompts):
         check_length(model.config, len(prompt), params.max_gen_len, f"prompt {i}")
-    # All answers draw from one table, so nothing depends on the ranks. One more row: see Decoder.
+    # Every rank draws the table of all answers, so the samples do not depend on the ranks. The
+    # extra row is for the dummy answer of the Decoder.
     num_uniforms = len(prompts) * num_answers + 1, params.max_gen_len + 1
     uniforms_AG = torch.rand(num_uniforms, generator=generator)
     shard = world.shards(len(prompts))[world.rank]
@@ -153,7 +155,7 @@ def generate(
 
 
 def check_length(config: Qwen2Config, prompt_tokens: int, max_gen_len: int, name: str) -> None:
-    """Raises ValueError, naming the prompt, if it is empty or leaves no room for an answer."""
+    """Raise ValueError, naming the prompt, if it is empty or leaves no room for an answer."""
     if not prompt_tokens:
         raise ValueError(f"{name} has no tokens; an answer continues at least one token")
     limit = config.max_position_embeddings
@@ -179,14 +181,14 @@ def count_slots(
     longest = max(map(len, prompts)) + params.max_gen_len
     slot_bytes = KVCache.bytes_per_token(model.config, head_VE.dtype) * longest
     if cache_bytes is None:
-        # Beside its cache a slot needs two float32 rows of the vocabulary during a decode step.
+        # Besides its cache, a slot needs two float32 rows of vocab_size during a decode step.
         step_bytes = 8 * model.config.vocab_size
         free = int(0.9 * free_bytes(head_VE.device))
         cache_bytes = free * slot_bytes // (slot_bytes + step_bytes)
     if cache_bytes < slot_bytes:
         raise ValueError(
-            f"{cache_bytes:,} bytes for the KV cache hold no answer: prompt and answer, {longest} "
-            f"tokens, take {slot_bytes:,}; raise the budget or lower max_gen_len"
+            f"a KV cache of {cache_bytes:,} bytes cannot hold one answer: prompt and answer have "
+            f"up to {longest} tokens and take {slot_bytes:,}; raise the budget or lower max_gen_len"
         )
     return min(cache_bytes // slot_bytes, answers)
 
@@ -196,7 +198,7 @@ def prefill(
 ) -> KVCache:
     """Run the prompts. Slot i of the returned cache holds prompt i without its last token.
 
-    The last token is the first one that each answer decodes.
+    Decoding an answer starts with this last token.
     """
     head_VE = model.head_weight_VE
     prefixes = [prompt[:-1] for prompt in prompts]
@@ -224,7 +226,7 @@ class Decoder:
     """The answers of a rollout, and the slots in which they are decoded.
 
     Slots 0 … in_use - 1 decode one answer each. The other slots hold a finished dummy answer, the
-    last one of the tables; it fills up a batch to a size for which a CUDA graph exists.
+    last row of each table. It pads the batch to a size for which a CUDA graph exists.
     """
 
     def __init__(
@@ -242,7 +244,7 @@ class Decoder:
         self.model, self.params = model, params
         self.prompt_cache, self.num_answers = prompt_cache, num_answers
         self.graphs = GraphedStep() if device.type == "cuda" else None
-        # On CUDA, looking for answers that have ended makes the host wait, so look rarely.
+        # On CUDA, checking which answers have ended makes the host wait, so check rarely.
         self.interval = CHECK_INTERVAL if device.type == "cuda" else 1
         answers, G = len(prompts) * num_answers, params.max_gen_len
         max_len = max(map(len, prompts)) + G + self.interval
@@ -251,7 +253,7 @@ class Decoder:
         )
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.is_stop_V[sorted(params.stop_ids)] = True
-        # Per answer, and for the dummy. ids_AG starts with the last token of the prompt.
+        # One row per answer, and one for the dummy. ids_AG starts with the prompt's last token.
         self.uniforms_AG = uniforms_AG.to(device)
         self.ids_AG = torch.zeros((answers + 1, G + 2), dtype=torch.long, device=device)
         last_tokens_N = torch.tensor([p[-1] for p in prompts], device=device)
@@ -268,7 +270,7 @@ class Decoder:
         self.refill_slots()
 
     def refill_slots(self) -> int:
-        """Close the gaps that ended answers leave, and admit waiting answers behind the others.
+        """Fill the slots of ended answers with live ones, and admit waiting answers after them.
 
         Returns the number of answers that have ended since the last call.
         """
@@ -294,7 +296,7 @@ class Decoder:
         return len(ended) - alive
 
     def decode(self) -> int:
-        """Sample the next tokens of all slots in use. Returns the number of slots times steps."""
+        """Sample the next tokens of all slots in use. Returns the slots times the steps run."""
         if self.graphs is None:
             self.step(self.in_use)
             return self.in_use
@@ -315,8 +317,8 @@ class Decoder:
         ids_R, logprobs_R, entropies_R = sample_tokens(
             logprobs_RV, uniform_R, self.params.vocab_size
         )
-        # An answer that has ended is decoded until the next refill. What it samples lands behind
-        # its last token, and its length stays the same.
+        # An answer that has ended is decoded until the next refill. What it samples is written
+        # after its last token, and its length stays the same.
         self.ids_AG[answers_R, lengths_R + 1] = ids_R
         self.logprobs_AG[answers_R, lengths_R] = logprobs_R
         self.entropies_AG[answers_R, lengths_R] = entropies_R

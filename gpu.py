@@ -1,4 +1,4 @@
-"""What only a GPU needs: CUDA graphs of decode steps, and optimizer state that is streamed."""
+"""What only a GPU needs: CUDA graphs of decode steps, and streamed optimizer state."""
 
 import gc
 import os
@@ -14,23 +14,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from generate import Decoder
 
-CHECK_INTERVAL = 8  # decode steps between two looks at which answers have ended
-GRAPHS_KEPT = 4  # recorded decode steps; each takes memory of the driver
-IN_TRANSIT = 3  # pieces of a streamed state on the card: one arrives, one is updated, one leaves
+CHECK_INTERVAL = 8  # decode steps between two checks for answers that have ended
+GRAPHS_KEPT = 4  # recorded decode steps; each takes up driver memory
+IN_TRANSIT = 3  # pieces of streamed state on the GPU: one arrives, one is updated, one leaves
 
 
 def prepare_process() -> None:
-    """Let PyTorch's memory pool grow in place. Call it before CUDA starts.
+    """Let PyTorch's memory pool grow in place. Call it before CUDA is initialised.
 
-    The large blocks of the update do not fit into the holes that a rollout leaves behind. A setting
-    of the user's own stays.
+    The large blocks of the update do not fit into the holes that a rollout leaves behind. If the
+    user has configured the allocator, nothing changes.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the card, including PyTorch's own pool; for a CPU, of the machine."""
+    """Free memory of the GPU, including PyTorch's own pool; for a CPU, of the machine."""
     if device.type == "cuda":
         pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + pooled
@@ -38,7 +38,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def round_up_slots(slots: int) -> int:
-    """Round a number of slots up to one of few values, so that few graphs are recorded."""
+    """Round a number of slots up to one of a few sizes, so that few graphs are recorded."""
     for size in (8, 16, 32):
         if slots <= size:
             return size
@@ -46,11 +46,11 @@ def round_up_slots(slots: int) -> int:
 
 
 class GraphedStep:
-    """Decoder.step as a CUDA graph: one kernel launch instead of some thousand.
+    """Decoder.step as a CUDA graph: one launch instead of about a thousand.
 
     A graph is bound to one shape: a number of slots and a number of cached columns. The first step
     of a new shape runs eagerly, which also lets libraries load and allocate; the second is
-    recorded; all later ones replay the recording. Answers grow, so a rollout hardly returns to an
+    recorded; all later ones replay the recording. Answers grow, so a rollout rarely returns to an
     old shape, and only the last few recordings are kept. They are freed with the rollout, before
     the update needs the memory.
     """
@@ -105,10 +105,9 @@ class GraphedStep:
 
 
 class StreamedState:
-    """Tensors in page-locked CPU memory that pass through the card piece by piece.
+    """Tensors in page-locked CPU memory that pass through the GPU piece by piece.
 
-    While one piece is updated, the next arrives and the previous one leaves, on streams of their
-    own.
+    While one piece is updated, the next arrives and the previous one leaves, on separate streams.
     """
 
     def __init__(self, tensors: list[Tensor], device: torch.device):
@@ -119,9 +118,9 @@ class StreamedState:
             page_lock(tensor)
 
     def pieces(self, slices: list[slice]) -> Iterator[list[Tensor]]:
-        """Yield each slice of the tensors, on the card. No slice is longer than the first.
+        """Yield each slice of the tensors, on the GPU. No slice may be longer than the first.
 
-        The caller overwrites a piece before it asks for the next.
+        The caller updates a piece in place before it asks for the next.
         """
         compute = torch.cuda.current_stream(self.device)
         up, down = self.up, self.down
@@ -129,7 +128,7 @@ class StreamedState:
             [torch.empty_like(tensor[slices[0]], device=self.device) for tensor in self.tensors]
             for _ in range(IN_TRANSIT)
         ]
-        up.wait_stream(compute)  # the last owner of this memory may still be at work in it
+        up.wait_stream(compute)  # earlier kernels may still be using this memory
         written = []  # per piece: the event after which its buffer is free again
 
         def fetch(i: int) -> tuple[list[Tensor], torch.cuda.Event]:

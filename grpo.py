@@ -121,7 +121,7 @@ def rollout(
         for i, completion in enumerate(completions):
             question_id = first_question + i // num_answers
             question, ids = questions[question_id], completion.token_ids
-            # The stop token is trained, but the reward function does not see it.
+            # The stop token is trained on, but the reward function does not see it.
             text = tokenizer.decode(ids[:-1] if completion.is_finished else ids)
             episode = Episode(
                 question_id=question_id,
@@ -190,13 +190,13 @@ def token_logprobs(
     π is softmax(logits[:vocab_size] / temperature), as in the sampler.
 
     hidden_PE: the hidden state that predicts each target. head_VE: the weight of the vocabulary
-    head. Returns (P,), in nats, float32 or wider. The logits (P, V) are never in memory as a whole.
+    head. Returns (P,), in nats, float32 or wider. The full logits (P, V) never exist at once.
     """
     return TokenLogprobs.apply(hidden_PE, head_VE, targets_P, temperature, vocab_size)
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """token_logprobs in chunks. The backward pass computes the logits of a chunk again."""
+    """token_logprobs in chunks. The backward pass recomputes the logits of each chunk."""
 
     @staticmethod
     def forward(
@@ -387,10 +387,10 @@ def _sum_over_ranks(
 ) -> UpdateStats:
     """Sum gradient and loss over all ranks, and decide whether the step can be taken.
 
-    results: per micro-batch of this rank its index, its loss, and |log π of trainer - sampler|
-    (P,).
+    results: for each micro-batch of this rank, its index, its loss and the absolute difference (P,)
+    between the log π of trainer and sampler.
     """
-    # In the order of the micro-batches, so that sums do not depend on which rank ran which.
+    # Sorted by micro-batch, so that the sums do not depend on which rank ran which.
     gathered = sorted(itertools.chain(*world.all_gather_objects(results)), key=lambda r: r[0])
     gradient_shard = world.reduce_scatter(gradient, world.shards(len(gradient), ALIGNMENT))
     grad_norm = math.hypot(*world.all_gather_objects(norm(gradient_shard)))

@@ -1,13 +1,13 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose small updates survive bf16 weights.
 
 A bf16 weight has 8 significant bits. An update of 1e-6 to a weight above 0.0004 is less than half
-of its last bit and would be rounded away, step after step. So each bf16 weight gets 16 more bits
-here, low_bits, which complete it to a float32 master weight:
+of its last bit and would be rounded away, step after step. So each bf16 weight is stored with 16
+more bits, low_bits. Together they are a float32 master weight:
 
     bits of the master = (bits of the bf16 weight << 16) + low_bits,     -32768 <= low_bits <= 32767
 
-The bf16 weight is the master rounded to nearest, all arithmetic is float32, and this costs 2 bytes
-a weight instead of the 4 of a separate float32 copy.
+The bf16 weight is the master rounded to nearest, and all arithmetic is in float32. The low bits
+cost 2 bytes per weight, where a separate float32 copy would cost 4.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from data_types import SingleProcess
 from flat import ALIGNMENT, flatten, gather_gradient
 from gpu import StreamedState
 
-# Weights updated at a time. It bounds the float32 temporaries, which on a CPU fit into its cache.
+# Weights updated at a time. This bounds the float32 temporaries; on a CPU they fit in its cache.
 PIECE = {"cpu": 2**18, "cuda": 2**21}
 
 
@@ -28,12 +28,12 @@ class AdamW:
 
     params: all float32 or all bfloat16. They become views of one flat tensor.
     offload: keep the state in page-locked CPU memory and stream it through the GPU in pieces. The
-    numbers stay the same. No effect if the weights are on the CPU.
+    results are the same. No effect if the weights are on the CPU.
     world: each rank keeps the state of its shard, updates that shard from its shard of the
     gradient, and gets the rest of the weights from the others (ZeRO stage 1, arXiv:1910.02054).
 
-    weights_changed and weights_changed_fp32 tell, of the last step, what share of the weights has
-    changed as stored, and would have changed in float32.
+    weights_changed is the share of the weights whose stored value changed in the last step;
+    weights_changed_fp32 is the share whose float32 master changed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class AdamW:
         """Update the weights from their .grad; a missing .grad counts as 0. All ranks call it."""
         if self.params[0].data_ptr() != self.weights.data_ptr():
             raise ValueError(
-                "the model has moved since AdamW was made; move it first, then make it"
+                "the weights have moved since AdamW was created; move the model before creating it"
             )
         self.steps += 1
         weights, gradient = self.weights[self.shard], gather_gradient(self.params)[self.shard]
@@ -128,7 +128,7 @@ class AdamW:
         exp_avg_sq: Tensor,
         low_bits: Tensor | None = None,
     ) -> Tensor:
-        """Update one piece in place. Returns how many weights changed, stored and in float32."""
+        """Update one piece in place. Returns how many weights changed, as stored and in float32."""
         beta1, beta2 = self.betas
         grad = grad.float()
         exp_avg.lerp_(grad, 1 - beta1)

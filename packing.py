@@ -3,9 +3,9 @@
     tokens     [ prompt 1 | answer 1a | answer 1b | answer 1c | prompt 2 | answer 2a | answer 2b ]
     positions    0 … 9      10 … 17     10 … 21     10 … 14     0 … 11     12 … 16     12 … 30
 
-Each segment attends to itself causally, and an answer also attends to all of its prompt. That is
-exactly what each (prompt, answer) pair computes on its own, but a prompt is run once per question
-instead of once per answer, and there is no padding between segments.
+Each segment attends to itself causally, and an answer also attends to all of its prompt. The result
+is exactly what each (prompt, answer) pair would give on its own, but a prompt is run once per
+question instead of once per answer, and there is no padding between segments.
 
 Dimension key: S tokens of a micro-batch, P response tokens in it, G segments (prompts and answers),
                Q tokens of the longest segment, L tokens of the longest prompt, C >= L + Q keys,
@@ -23,7 +23,7 @@ from torch import Tensor
 from data_types import Episode
 from qwen2_model import AttentionFunction, Qwen2Config, grouped_query_attention
 
-KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned to it
+KEY_MULTIPLE = 16  # attention kernels copy a mask whose rows are not aligned to this
 
 
 class Segment(NamedTuple):
@@ -37,11 +37,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass works on.
+    """The input of one forward and backward pass.
 
-    The logits at logit_positions_P[p] predict the response token targets_P[p], which is the next
-    token of the sequence: for the first token of an answer, that is the end of its prompt. Prompt
-    tokens are never targets.
+    The logits at logit_positions_P[p] predict the response token targets_P[p]. That position is the
+    one before the token; for the first token of an answer, it is the end of the answer's prompt.
+    Prompt tokens are never targets.
     """
 
     tokens_S: Tensor
@@ -65,10 +65,10 @@ def pack_micro_batches(
 ) -> Iterator[MicroBatch]:
     """Pack (episode, advantage) pairs into micro-batches of at most micro_batch_tokens tokens.
 
-    A group that does not fit continues in the next micro-batch, which repeats its prompt. One
-    answer with its prompt is the least that a micro-batch holds, however long it is. All
-    micro-batches get about the same length, and their number is about a multiple of `multiple`, the
-    number of ranks.
+    A group that does not fit continues in the next micro-batch, which repeats its prompt. A
+    micro-batch holds at least one answer with its prompt, however long. All micro-batches have
+    about the same length, and their number is close to a multiple of `multiple`, the number of
+    ranks.
     """
     answers = sorted(answers, key=lambda answer: answer[0].question_id)
     limit = _even_length(answers, micro_batch_tokens, multiple)
@@ -91,8 +91,8 @@ def _even_length(
     """The length at which a micro-batch is full, so that all of them get about the same length."""
     prompts = {e.question_id: len(e.prompt_token_ids) for e, _ in answers}
     total = sum(prompts.values()) + sum(len(e.response_token_ids) for e, _ in answers)
-    # Each micro-batch after the first may have to repeat a prompt. A single process need not allow
-    # for it; several ranks, which wait for each other, share the work evenly only if they do.
+    # Each micro-batch after the first may have to repeat a prompt. One process can ignore this, but
+    # several ranks, which wait for each other, only share the work evenly if they allow for it.
     repeated = max(prompts.values(), default=0) if multiple > 1 else 0
     count = multiple
     while total + (count - 1) * repeated > count * micro_batch_tokens and count < len(answers):

@@ -39,7 +39,7 @@ class Rope(BaseModel, strict=True, extra="forbid"):
 
 
 class PublishedConfig(BaseModel, strict=True):
-    """config.json of a dense Qwen2.5 as transformers 4 or 5 spells it. Other keys are ignored."""
+    """config.json of a dense Qwen2.5 as transformers 4 or 5 writes it. Other keys are ignored."""
 
     model_type: Literal["qwen2"]
     architectures: list[Literal["Qwen2ForCausalLM"]] | None = None
@@ -236,7 +236,7 @@ def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) 
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); {remedy}") from None
-    except OSError as error:  # no permission, or a circle of links
+    except OSError as error:  # no permission, or a loop of symbolic links
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
@@ -246,7 +246,7 @@ def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
 
 
 def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
-    """The object that a JSON text holds; `name` says in errors where the text is from."""
+    """The object in a JSON text; error messages use `name` to say where the text is from."""
     try:
         value = json.loads(text)
         if "\\u" in text:  # may spell half a surrogate pair, which cannot be encoded or printed

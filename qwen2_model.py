@@ -5,8 +5,10 @@ know which attention it runs: it passes (layer index, q, k, v) to a function. Pl
 attention, the KV cache of the sampler and the packed micro-batches of the update are three such
 functions.
 
-Dimension key: B sequences, S tokens, E hidden size, I intermediate size, V rows of the vocabulary
-               matrix, H query heads, K key heads, D head size, C cached positions, P any tokens.
+Dimension key: B sequences, S or T tokens, E hidden size, I intermediate size, V rows of the
+               vocabulary matrix, H query heads, K key heads, D head size, C cached positions,
+               Q = H / K * S, P any tokens, U distinct tokens. L counts the layers of the cache and,
+               in next_token_logits, the new tokens.
 """
 
 import functools
@@ -25,7 +27,7 @@ from published_format import find_weights, read_config, read_weights, write_conf
 # (layer index, q_BHSD, k_BKSD, v_BKSD) -> out_BHSD
 AttentionFunction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-KEY_BLOCK = 64  # the cache is read in multiples of it, so decode steps have few distinct shapes
+KEY_BLOCK = 64  # the cache is read in multiples of this, so decode steps have few shapes
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Qwen2Config:
 class Recompute(torch.autograd.Function):
     """Activation checkpointing (arXiv:1604.06174): keep only the input, and run again in backward.
 
-    torch.utils.checkpoint does the same, but its import loads the compiler: 4 s and 150 MB.
+    torch.utils.checkpoint does the same, but importing it loads the compiler: 4 s, 150 MB.
     """
 
     @staticmethod
@@ -177,8 +179,9 @@ def grouped_query_attention(
 ) -> Tensor:
     """Attention with the query heads that share a key head laid one after another, Q = H / K * S.
 
-    Each key is read once instead of H / K times, and kernels that take no mask for grouped heads
-    can be used. The bias is added to the scores: 0, or -inf where a query does not see a key.
+    Each key is read once instead of H / K times, and kernels that accept no mask together with
+    grouped heads can still be used. The bias is added to the scores: 0, or -inf where a query does
+    not see a key.
     """
     B, K, _, D = k_BKCD.shape
     q_BKQD = q_BHSD.reshape(B, K, -1, D)
@@ -238,9 +241,9 @@ class KVCache:
     def extend(self, slots: slice, num_tokens: int) -> tuple[Tensor, AttentionFunction]:
         """Prepare a pass over num_tokens more tokens in each of these slots.
 
-        Returns their positions (B, num_tokens), and the attention that stores their keys and values
-        and lets them see all earlier tokens of their slot. After the pass, the caller adds to
-        lengths_B and longest.
+        Returns the positions of the tokens (B, num_tokens), and an attention function that stores
+        their keys and values and lets each of them see all earlier tokens of its slot. After the
+        pass, the caller must add to lengths_B and longest.
         """
         if self.longest + num_tokens > self.max_len:
             raise ValueError(
@@ -271,8 +274,8 @@ class KVCache:
 def head_logits(hidden_PE: Tensor, head_VE: Tensor) -> Tensor:
     """Logits (P, V) of the vocabulary head.
 
-    On CUDA without autograd a bf16 product returns its float32 accumulator. A CPU has no such
-    product: its logits are rounded to the dtype of the weights, in sampling and training alike.
+    On CUDA, without autograd, the product of bf16 matrices returns its float32 accumulator. A CPU
+    cannot do this: its logits are rounded to the dtype of the weights, in sampling and in training.
     """
     if hidden_PE.is_cuda and hidden_PE.dtype != torch.float32 and not torch.is_grad_enabled():
         return torch.mm(hidden_PE, head_VE.t(), out_dtype=torch.float32)
@@ -308,8 +311,8 @@ class Transformer(nn.Module):
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Token embeddings (B, S, E).
 
-        For training, each distinct token is looked up once, in float32, and then repeated. So the
-        gradients of a token's occurrences are summed in float32: added up one by one in bf16, the
+        In training, each distinct token is looked up once, cast to float32 and then repeated, so
+        that the gradients of its occurrences are summed in float32. Summed one by one in bf16, the
         gradient of a tied embedding was off by 11 % instead of 1.4 %.
         """
         weight_VE = self.model.embed_tokens.weight

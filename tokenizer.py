@@ -47,7 +47,7 @@ class Tokenizer:
         self.stop_ids = self._read_stop_ids(known_ids)
         self.vocab_size = max(known_ids) + 1
         self._chat_template = _read_chat_template(directory, settings)
-        # Kept in memory because a resumed run deletes the checkpoint that it read them from.
+        # Kept in memory, because a resumed run later deletes the checkpoint that it read them from.
         paths = [directory / name for name in FILES]
         self._files = {path.name: path.read_bytes() for path in paths if path.is_file()}
 
@@ -134,7 +134,7 @@ class GenerationBlock(Extension):
 
 
 def _read_chat_template(directory: Path, settings: dict) -> Template:
-    """The template of chat_template.jinja; without that file, of tokenizer_config.json.
+    """The template in chat_template.jinja or, without that file, in tokenizer_config.json.
 
     A template is code written by whoever published the model. It runs in jinja2's sandbox, set up
     as in transformers: it cannot reach Python's internals or change the messages. Nothing limits

@@ -9,9 +9,9 @@ logs and checkpoints, and loads the task that the config names. If a signal asks
 stop, progress.update raises an exception inside the `with` block, and `run` saves a checkpoint and
 sets the exit code.
 
-A resumed run loads its last good checkpoint, cuts its logs back to that step and repeats everything
+A resumed run loads its last good checkpoint, truncates its logs to that step and repeats everything
 after it, including an evaluation that followed the checkpoint. On a CPU its results equal those of
-an uninterrupted run to the bit, because each random number follows from the seed, its purpose and
+an uninterrupted run bit for bit, because each random number follows from the seed, its purpose and
 the step.
 """
 
@@ -106,9 +106,8 @@ def main(argv: list[str] | None = None) -> int:
                     world=run.world,
                     progress=progress,
                 )
-            run.finish_step(
-                step, questions, episodes, stats
-            )  # and save a checkpoint when one is due
+            # Also saves a checkpoint when one is due.
+            run.finish_step(step, questions, episodes, stats)
         evaluate(training.max_steps)
     return run.exit_code
 

@@ -13,10 +13,10 @@ result with the third number in every way. Most of them give up early:
      5 - 3 = 2; 2 + 7 = 9, want 6: no, I give up</think>
     <answer>(5 - 3) + 7</answer>
 
-All traces are for training questions. Two details make them easy to learn. The target is repeated
-beside each value, so that a verdict compares neighbours; without it the model accepted one wrong
-value in six. And a pair is finished before the next one starts, so that avoiding repetition takes a
-memory of three pairs, not of thirty attempts.
+All traces are for training questions. Two details make them easy to learn. First, the target is
+repeated next to each value, so that a verdict compares adjacent numbers; without this, the model
+accepted one wrong value in six. Second, a pair is finished before the next one starts, so that to
+avoid repetition the model has to remember three pairs, not thirty attempts.
 """
 
 import argparse
@@ -68,8 +68,8 @@ CALCULATION = (" + ", " - ", " * ", " / ", " = ")
 VERDICT = ("; ", ", ", ", want ", ": no", ": yes")
 FRAME = ("\n ", "\n", ", I give up", "</think>\n<answer>", "</answer>", "(", ")")
 PHRASES = CALCULATION + VERDICT + FRAME
-# How Qwen2.5 splits text before merging bytes. transformers gives this splitting to every tokenizer
-# that lies beside a Qwen2 model, so the tiny tokenizer has it, too.
+# How Qwen2.5 splits text before merging bytes. transformers splits like this for every tokenizer
+# that it finds next to a Qwen2 model, so the tiny tokenizer does, too.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,7 +94,7 @@ def main(argv: list[str] | None) -> None:
         raise ValueError(f"--steps {arguments.steps}: wanted at least 1")
     cpu.prepare_process()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # The model appears under its name only when it is complete.
+    # The directory gets its final name only when the model is complete.
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
         model_directory = Path(temporary, "model")
         make_base_model(model_directory, steps=arguments.steps, seed=arguments.seed)
@@ -140,7 +140,7 @@ class SecondStep(NamedTuple):
 
 
 class FirstStep(NamedTuple):
-    """The combination of a pair, for example "3 + 5 = 8", and what the third number makes of it."""
+    """A combined pair, for example "3 + 5 = 8", and the second steps with the third number."""
 
     text: str
     second_steps: list[SecondStep]
@@ -149,7 +149,7 @@ class FirstStep(NamedTuple):
 def example_groups(
     problems: list[dict], tokenizer: Tokenizer, rng: random.Random
 ) -> Iterator[tuple[str, list[str]]]:
-    """Endless (prompt, traces) for random problems that some attempt solves."""
+    """Yield (prompt, traces) forever, for random problems that some attempt solves."""
     while True:
         problem = problems[rng.randrange(len(problems))]
         pairs = all_attempts(problem["numbers"])
@@ -182,7 +182,7 @@ def make_trace(pairs: list[list[FirstStep]], target: int, rng: random.Random) ->
 
 
 def all_attempts(numbers: list[int]) -> list[list[FirstStep]]:
-    """The attempts that begin with each pair of the three numbers. No first step repeats."""
+    """The attempts that begin with each pair of the three numbers. No first step occurs twice."""
     a, b, c = numbers
     pairs, known = [], set()
     for left, right, third in ((a, b, c), (a, c, b), (b, c, a)):
@@ -222,8 +222,8 @@ def make_tokenizer(directory: Path) -> None:
     """Write a tokenizer of single bytes and added tokens, in the published format.
 
     The added tokens are the numbers, the phrases of a trace and the fixed sentences of the prompt.
-    They are found before a text is normalised and split, so the tokenizer stays the same in
-    transformers, which gives every tokenizer beside a Qwen2 model Qwen's own normalizer and
+    They are matched before a text is normalised and split, so the tokenizer works the same in
+    transformers, which gives every tokenizer next to a Qwen2 model Qwen's own normalizer and
     pre-tokenizer.
     """
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -350,7 +350,7 @@ def next_episodes(groups: Iterator[tuple[str, list[str]]], tokenizer: Tokenizer)
                 question_id=question_id,
                 prompt_token_ids=prompt_ids,
                 response_token_ids=ids,
-                response_logprobs=[0.0] * len(ids),  # nothing sampled them
+                response_logprobs=[0.0] * len(ids),  # they were not sampled
                 is_finished=True,
                 text=trace,
                 reward=Reward(1.0, {}),

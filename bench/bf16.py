@@ -1,11 +1,11 @@
-"""What remains of small updates in bf16: a regression with a known answer, 500 steps of AdamW.
+"""How much of small updates survives in bf16: 500 steps of AdamW on a known regression.
 
     uv run bench/bf16.py
 
-The weights start at the scale of a language model (standard deviation 0.02), each 0.002 from its
-answer. That is further than 500 steps reach, so an exact optimizer travels about learning rate x
-steps. The gradient is taken at the weights that the model sees. Errors are distances to the float32
-run, relative to the distance that it travelled.
+The weights start at the scale of a language model (standard deviation 0.02), each 0.002 away from
+its answer. That is further than 500 steps can go, so an exact optimizer moves each weight by about
+learning rate x steps. The gradient is taken at the weights that the model sees. Errors are
+distances to the float32 run, relative to the distance that it moved.
 """
 
 import sys
@@ -23,7 +23,7 @@ OURS, STOCHASTIC, PLAIN = "bf16 + 16 low bits", "bf16, stochastic rounding", "pl
 
 
 def main() -> None:
-    print(f"{'learning rate':14}{'stored as':26}{'error of stored':>16}{'of seen weights':>16}")
+    print(f"{'learning rate':14}{'stored as':26}{'error, stored':>16}{'error, seen':>16}")
     for lr in (1e-6, 1e-5):
         start, exact, _ = train(lr, "float32")
         for kind in (OURS, STOCHASTIC, PLAIN):

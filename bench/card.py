@@ -1,4 +1,4 @@
-"""Measure everything that only a GPU can tell, in one unattended run of at most 25 minutes.
+"""Measure everything that needs a GPU, in one unattended run of at most 25 minutes.
 
     uv run bench/card.py                               on a GPU; writes the report card.md
     uv run bench/card.py --device cpu --shape tiny     tries the script without a GPU, in minutes
@@ -29,11 +29,11 @@ from warm_start import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PYTHON = shlex.quote(sys.executable)
-SHOWN_LINES = 40  # of a part's output, the last ones
+SHOWN_LINES = 40  # the report shows this many lines from the end of a part's output
 
 
 class Report:
-    """Runs one part after another, and writes the file anew after each."""
+    """Runs one part after another, and rewrites the report after each."""
 
     def __init__(self, path: Path, minutes: float):
         self.path, self.deadline = path, time.monotonic() + 60 * minutes
@@ -92,7 +92,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Work:
-    """How much the parts have to do."""
+    """How large the parts are."""
 
     configs: dict[str, int]  # config file: steps to train the random model
     overrides: str  # of every run
@@ -133,7 +133,7 @@ def whole_work(shape: str) -> Work:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure everything that only a GPU can tell.")
+    parser = argparse.ArgumentParser(description="Measure everything that needs a GPU.")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="3B", choices=SHAPES)
     parser.add_argument("--minutes", type=float, default=25)
@@ -202,7 +202,7 @@ def compare(report: Report, whole: Path, resumed: Path) -> None:
 
 
 def make_model(directory: Path, shape: str, device: str) -> None:
-    """Write a random model with one stop id, so that answers end after some hundred tokens."""
+    """Write a random model with one stop id, so that answers end after a few hundred tokens."""
     make_tokenizer(directory)
     path = directory / "generation_config.json"
     stop_ids = json.loads(path.read_text())["eos_token_id"]

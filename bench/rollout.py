@@ -66,7 +66,7 @@ def floor_seconds(
     flops: float,
     bandwidth: float,
 ) -> tuple[float, float]:
-    """The least time for prefilling and for decoding, from FLOP/s and bytes/s of the machine."""
+    """The minimum time to prefill and to decode, from the machine's FLOP/s and bytes/s."""
     dtype, (body, head) = model.head_weight_VE.dtype, body_and_head(model.config)
     token_bytes = KVCache.bytes_per_token(model.config, dtype)
     prefill, decode = 2 * body * prompt * questions / flops, 0.0

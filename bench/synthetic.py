@@ -22,7 +22,7 @@ class SyntheticTokenizer:
 
 
 def random_model(shape: Qwen2Config, *, device: str, dtype: torch.dtype) -> Transformer:
-    """Norm weights are 1, all others have standard deviation 0.02. Calls give the same model."""
+    """Norm weights are 1, all others have standard deviation 0.02. The seed is fixed."""
     with torch.device("meta"):
         model = Transformer(shape)
     allocate(model, device=device, dtype=dtype)

@@ -3,9 +3,9 @@
     uv run bench/update.py 0.5B 4 8 64
     uv run bench/update.py 3B 32 8 1024 --mean 437 --device cuda --recompute-layers 36 --offload
 
-Utilisation is the time that the necessary products would take at the rate of a large product, over
-the time taken. Necessary are 6 FLOP per weight and token, for each prompt once, and the head on
-response tokens only.
+Utilisation is the time that the necessary products would take at the rate of a large product,
+divided by the time taken. The necessary work is 6 FLOP per weight and token, with each prompt run
+once and the head applied to response tokens only.
 """
 
 import time

@@ -43,7 +43,7 @@ def reasoning_gym() -> ModuleType:
     """Import the package. Raises ValueError if it is not installed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it depends on
+            warnings.simplefilter("ignore", SyntaxWarning)  # from a package that it depends on
             import reasoning_gym
     except ImportError as error:
         raise ValueError(
@@ -54,7 +54,7 @@ def reasoning_gym() -> ModuleType:
 
 
 class Problems(Sequence):
-    """Training problems, generated when they are asked for. None of them is a held-out one."""
+    """Training problems, generated on demand, without the held-out ones."""
 
     def __init__(self, data: Data, held_out: set[str]):
         self.data, self.held_out = data, held_out

@@ -1,1 +1,1 @@
-"""What makes a run safe and observable; the algorithm knows nothing of it."""
+"""What makes a run safe and observable. The algorithm does not import it."""

@@ -1,8 +1,8 @@
 """Checkpoints that a crash cannot damage.
 
-A checkpoint is a model directory in the published format, which transformers and vLLM load, with
-three more files: the optimizer state (optimizer.tensors), the TrainerState (trainer.json) and a
-checksum of every other file (complete.json). It is written under a temporary name, synced to the
+A checkpoint is a model directory in the published format, which transformers and vLLM can load,
+plus three more files: the optimizer state (optimizer.tensors), the TrainerState (trainer.json) and
+a checksum of every other file (complete.json). It is written under a temporary name, synced to the
 disk and renamed. The next start of the run removes whatever still has a temporary name.
 """
 
@@ -29,7 +29,7 @@ from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
 PARTIAL = ".partial-"
-# In the safetensors format, but not named so: vLLM reads every *.safetensors file as weights.
+# A safetensors file under another name, because vLLM reads every *.safetensors file as weights.
 OPTIMIZER = "optimizer.tensors"
 SHARD = "optimizer-{:05d}-of-{:05d}.tensors"  # with several ranks, each writes its own shard
 STATE, COMPLETE = "trainer.json", "complete.json"
@@ -124,7 +124,7 @@ def _optimizer_files(size: int) -> list[str]:
 
 @contextmanager
 def fails_on_all_ranks(world: SingleProcess) -> Iterator[None]:
-    """Raise an OSError of any rank's block on every rank, after all ranks have run the block."""
+    """If the block raises OSError on any rank, raise it on every rank when all have run it."""
     local_error = None
     try:
         yield
@@ -139,8 +139,8 @@ def _check_room(directory: Path, tensor_bytes: int) -> None:
     needed, free = tensor_bytes + SLACK_BYTES, shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(
-            f"no room: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB needed; "
-            "free some, or lower training.keep_checkpoints"
+            f"not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            "free some space, or lower training.keep_checkpoints"
         )
 
 
@@ -255,10 +255,10 @@ def check_files(path: Path) -> list[str]:
         raise ValueError(f"{COMPLETE} lacks {', '.join(sorted(lacking))}")
     if state_files != _optimizer_files(len(state_files)):
         names = ", ".join(state_files)
-        raise ValueError(f"{COMPLETE} names {names:.200}: not all shards of an optimizer state")
+        raise ValueError(f"{COMPLETE} names {names:.200}, not the complete set of optimizer shards")
     for name, expected in sums.items():
         if Path(name).name != name:
-            raise ValueError(f"{COMPLETE} names {name!r:.100}, which is no file of the checkpoint")
+            raise ValueError(f"{COMPLETE} names {name!r:.100}, which is not a plain file name")
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         if (found := checksum(path / name)) != expected:

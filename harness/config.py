@@ -1,4 +1,4 @@
-"""The settings of a run: a YAML file, checked and read into frozen sections.
+"""The settings of a run: a YAML file, read into frozen sections and validated.
 
 config.yaml documents every key. A task declares the keys of section `data` in its class `Data`.
 """
@@ -21,7 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A part of the config. Unknown keys are refused."""
+    """A part of the config. Unknown keys are rejected."""
 
 
 class Data(Section):
@@ -104,8 +104,8 @@ class Config(Section, Generic[TaskData]):
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file and the files that it extends, then apply the overrides, `key.path=value`.
 
-    The value is read as YAML, except for a text key (output_dir, for example): it takes all that
-    follows the "=". "~" in output_dir, model.path and data.path is expanded.
+    Values are read as YAML, except that a text key such as output_dir takes everything after the
+    "=" as it is. "~" in output_dir, model.path and data.path is expanded.
 
     Raises FileNotFoundError, or ValueError with one line for each fault.
     """
@@ -142,7 +142,7 @@ def as_yaml(config: Config) -> str:
 
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
-    text = read_text(path, remedy="config.yaml is an example", limit=MAX_BYTES)
+    text = read_text(path, remedy="see config.yaml for an example", limit=MAX_BYTES)
     if path.resolve() in extended_by:
         names = " -> ".join(p.name for p in (*extended_by, path))
         raise ValueError(f"{path} extends itself ({names}); remove one `extends:`")
@@ -161,7 +161,7 @@ def _parse(text: str, name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ValueError(f"{name} is not YAML: {error.problem} (line {line})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a NUL, the 30th of February
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a NUL, or an invalid date
         raise ValueError(f"{name} is not YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -204,7 +204,7 @@ def _describe(fault: dict, fields: dict[str, FieldInfo]) -> str:
 
 def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
     section, _, name = key.rpartition(".")
-    by_name = {}  # if several sections have the name, the section of `key` comes last and wins
+    by_name = {}  # if several sections have this name, that of `key` comes last and wins
     for known in sorted(fields, key=lambda known: known.startswith(f"{section}.")):
         by_name[known.rpartition(".")[2]] = known
     nearest = difflib.get_close_matches(name, by_name, n=1)

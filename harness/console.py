@@ -1,4 +1,4 @@
-"""What a person sees: a bar for the phase at hand, one line per step, messages and exit codes."""
+"""What the user sees: a bar for the current phase, one line per step, messages and exit codes."""
 
 import functools
 import os
@@ -65,7 +65,7 @@ class Progress(NoProgress):
     def update(self, n: int = 0, **counts: int) -> None:
         self.counts.update({self._phase: n})
         self.counts.update(counts)
-        if "row_steps" in counts:  # shows that long answers grow although none has finished
+        if "row_steps" in counts:  # shows progress on long answers before any has finished
             self._bar.set_postfix_str(f"{self.counts['row_steps']:,} tokens", refresh=False)
         self._bar.update(n)
         self.check()
@@ -73,7 +73,7 @@ class Progress(NoProgress):
 
 @contextmanager
 def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
-    """A bar on a terminal. At the end its line is empty again, even if Ctrl-C was pressed."""
+    """A bar on a terminal. Its line is cleared at the end, even if Ctrl-C was pressed."""
     shown = tqdm(
         desc=title,
         total=total,
@@ -84,7 +84,7 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
         miniters=0,
         disable=hidden or None,  # None: draw it only if stderr is a terminal
     )
-    erase = "" if shown.disable else "\033[K"  # the terminal echoes "^C" behind the bar
+    erase = "" if shown.disable else "\033[K"  # the terminal echoes "^C" after the bar
     try:
         yield shown
     finally:
@@ -93,7 +93,7 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory: on a GPU what PyTorch allocated since the last reset, else of the process."""
+    """Peak memory: on a GPU, what PyTorch allocated since the last reset; else, of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     kilobytes = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
@@ -113,7 +113,7 @@ def log(text: str = "") -> None:
 
 
 def show_error(text: str) -> None:
-    """Print the program's last message to stderr, even if nobody reads its output any more.
+    """Print the program's last message to stderr, even if the output is no longer read.
 
     A closed pipe (`train.py | head`) is replaced by the null device. Otherwise Python would
     report a second error when it flushes the stream at exit.
@@ -149,7 +149,7 @@ def heading() -> str:
 
 
 def step_line(metrics: dict) -> str:
-    """The metrics of one step under heading(), with "-" for a missing one; why it was skipped."""
+    """One step as a line under heading(), "-" for a missing metric, and why it was skipped."""
     cells = [
         form.format(metrics[name]) if name in metrics else "-".rjust(_width(form))
         for name, form in COLUMNS.values()

@@ -1,4 +1,4 @@
-"""Tricks that only a CPU needs. Without them the program runs the same way, but slower.
+"""Tricks that only a CPU needs: without them a run would be slower, and not deterministic.
 
 They use parts of PyTorch that are not public, each for a measured reason (bench/LOG.md).
 """
@@ -20,12 +20,12 @@ SMALL = 2**17  # weights; a smaller matrix stays in the CPU's cache and gains no
 
 
 def prepare_process() -> None:
-    """Make sums deterministic, so that two runs with one seed are identical, and keep freed memory.
+    """Make sums deterministic, so that runs with the same seed are identical; keep freed memory.
 
     Every step frees and allocates the same hundreds of megabytes. Returning them to the kernel and
     faulting them in again page by page takes as long as the arithmetic.
     """
-    # use_deterministic_algorithms(True) without its import of the compiler, 4 s and 150 MB
+    # Like use_deterministic_algorithms(True), but without importing the compiler (4 s, 150 MB).
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     libc = ctypes.CDLL(None)
@@ -35,7 +35,7 @@ def prepare_process() -> None:
 
 
 def warn_of_slow_dtype(dtype: torch.dtype) -> str:
-    """A warning if this CPU multiplies bf16 matrices slowly, for want of instructions; else ""."""
+    """A warning if this CPU lacks bf16 instructions and so multiplies bf16 slowly; else ""."""
     if dtype != torch.bfloat16 or _onednn_multiplies(dtype):
         return ""
     slowdown = operations_per_second(torch.float32) / operations_per_second(torch.bfloat16)
@@ -51,10 +51,11 @@ def operations_per_second(dtype: torch.dtype) -> float:
 
 @contextmanager
 def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
-    """Within this context, weights are also stored in oneDNN's own order for `rows` rows of input.
+    """Within this context, weights are also stored in oneDNN's own layout for `rows` rows of input.
 
-    A product with few rows otherwise spends up to two thirds of its time on reordering. The packed
-    copy takes as much memory as the weights. The weights must not change inside the context.
+    Otherwise a product with few rows spends up to two thirds of its time reordering the weights.
+    The packed copy takes as much memory as the weights. The weights must not change inside the
+    context.
     """
     if not packs_for_decoding(model.head_weight_VE.device.type, model.head_weight_VE.dtype):
         yield
@@ -71,7 +72,7 @@ def packed_for_decoding(model: Transformer, rows: int) -> Iterator[None]:
         yield
     finally:
         for module, name, _, _ in products:
-            module.__dict__.pop(name, None)  # uncovers the method of the class
+            module.__dict__.pop(name, None)  # restores the method of the class
 
 
 def packs_for_decoding(device: str, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""What the CUDA device must offer, checked before anything is loaded; and out-of-memory errors."""
+"""Check the CUDA device before anything is loaded, and recognise out-of-memory errors."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ OUT_OF_MEMORY = (
 
 
 def why_no_cuda() -> str:
-    """Say in one line why PyTorch cannot use a CUDA device, and the way out; "" if it can."""
+    """Say in one line why PyTorch cannot use a CUDA device, and how to fix it; "" if it can."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of the reason that this line reports
         if torch.cuda.is_available():
@@ -50,8 +50,8 @@ def check_cuda(config: Config, plan: Plan) -> None:
     if needed > free:
         raise ValueError(
             f"the plan takes {needed / GIB:.1f} GiB (model.memory_gib={config.model.memory_gib}), "
-            f"but {free / GIB:.1f} GiB of the {name} are free; set model.memory_gib=null to plan "
-            "with what is free, or end the other programs that use the card"
+            f"but only {free / GIB:.1f} GiB of the {name} is free; set model.memory_gib=null to "
+            "plan with what is free, or end the other programs that use the GPU"
         )
     # Every rank on this machine pins its share of the optimizer state.
     pinned = plan.pinned_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -59,7 +59,7 @@ def check_cuda(config: Config, plan: Plan) -> None:
     if pinned > free:
         raise ValueError(
             f"optimizer.offload=true pins {pinned / GIB:.1f} GiB of CPU memory for the optimizer "
-            f"state, but {free / GIB:.1f} GiB are free; end other programs, set "
+            f"state, but only {free / GIB:.1f} GiB is free; end other programs, set "
             "optimizer.offload=false, or take a smaller model"
         )
 

@@ -1,7 +1,7 @@
 """Several processes (ranks) that share the steps of a run, one per GPU.
 
-torchrun starts the ranks and sets the environment variables read here. Wherever the ranks meet,
-they first exchange Python objects. A failing rank sends a RankFailure in place of data, so that all
+torchrun starts the ranks and sets the environment variables read here. At every collective the
+ranks first exchange Python objects. A failing rank sends a RankFailure in place of data, so all
 ranks raise it at the same point. If a rank crashes, its connections close and the other ranks get
 an error. Python objects travel over gloo; tensors over gloo on CPUs and over NCCL on GPUs.
 """
@@ -22,8 +22,8 @@ from data_types import SingleProcess
 from harness.plan import TRANSIT
 
 TIMEOUT = timedelta(minutes=30)  # the longest that one rank waits for another
-POLL_SECONDS = 1.0  # how often a working rank looks whether another one has failed
-REPORT_SECONDS = 3.0  # how long ranks have to report that they are alive after a broken connection
+POLL_SECONDS = 1.0  # how often a rank checks whether another one has failed
+REPORT_SECONDS = 3.0  # after a broken connection: how long ranks have to report in
 
 
 class RankFailure(Exception):
@@ -46,7 +46,7 @@ class RankLost(RankFailure):
 
 
 class Torchrun(SingleProcess):
-    """The ranks that torchrun started. Every method but check() must be called by all of them."""
+    """The ranks that torchrun started. Only check() and fail() may be called by one rank alone."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -67,7 +67,7 @@ class Torchrun(SingleProcess):
         self._last_poll = time.monotonic()
 
     def all_gather_objects(self, item: Any) -> list:
-        """The item of every rank, by rank.
+        """The items of all ranks, ordered by rank.
 
         Raises RankFailure, the same on all ranks, if one of them has failed. Errors come before
         signals, and lower ranks first.
@@ -81,13 +81,13 @@ class Torchrun(SingleProcess):
         return items
 
     def fail(self, reason: str, exit_code: int) -> None:
-        """Tell the other ranks at their next meeting that this one failed. Raises RankFailure."""
+        """Tell the others at their next collective that this rank failed. Raises RankFailure."""
         with self._connected():
             self.store.set("failed", "")
         self.all_gather_objects(RankFailure(f"rank {self.rank}: {reason}", exit_code))
 
     def check(self) -> None:
-        """Call it often between meetings: if another rank has failed, it raises RankFailure."""
+        """Raise RankFailure if another rank has failed. Call it often between collectives."""
         if time.monotonic() - self._last_poll < POLL_SECONDS:
             return
         self._last_poll = time.monotonic()
@@ -97,7 +97,7 @@ class Torchrun(SingleProcess):
             self.all_gather_objects(None)
 
     def reduce_scatter(self, flat: Tensor, shards: list[slice]) -> Tensor:
-        """Sum in float32, whatever the dtype: in bf16 every addition of a rank would round."""
+        """Sum in float32, whatever the dtype: in bf16, adding each rank's share would round."""
         buffer_RW = flat.new_zeros((self.size, self._width(shards)), dtype=torch.float32)
         sum_W = torch.empty_like(buffer_RW[0])
         self.all_gather_objects(None)
@@ -144,7 +144,7 @@ class Torchrun(SingleProcess):
             raise RankLost(self._explain(error), 1) from error
 
     def _explain(self, error: RuntimeError) -> str:
-        """Find out which ranks are missing. One of the others returns the message, the rest ""."""
+        """Find out which ranks are missing. One rank returns the message, the others ""."""
         try:
             self.store.set(f"alive/{self.rank}", "")
             time.sleep(REPORT_SECONDS)
@@ -157,6 +157,6 @@ class Torchrun(SingleProcess):
             return f"error: rank {self.rank}: the launcher is gone"
         if missing:
             ranks = ", ".join(missing)
-            return f"error: rank {ranks} crashed or was killed, perhaps for lack of memory"
+            return f"error: rank {ranks} crashed or was killed, perhaps out of memory"
         cause = str(error).splitlines()[0]
         return f"error: rank {self.rank} lost its connection to the other ranks ({cause})"

@@ -1,6 +1,6 @@
 """The log of a run: metrics.jsonl, samples.jsonl, timings.jsonl, and a view of them in TensorBoard.
 
-metrics.jsonl and samples.jsonl hold what was computed: the same bytes however often the run was
+metrics.jsonl and samples.jsonl hold what was computed, the same bytes however often the run was
 interrupted. timings.jsonl holds what it cost. docs/metrics.md explains every name.
 """
 
@@ -22,7 +22,7 @@ PAGE_COLUMNS = 110  # TensorBoard does not wrap text of a fixed width
 
 
 class MetricsLine(BaseModel, extra="allow", allow_inf_nan=False):
-    """A line of metrics.jsonl or timings.jsonl: numbers by name; None if it was not finite."""
+    """A line of metrics.jsonl or timings.jsonl: numbers by name; None if not finite."""
 
     __pydantic_extra__: dict[str, float | None]
 
@@ -68,10 +68,10 @@ class RunLog:
     """The log files of a run, open for writing."""
 
     def __init__(self, directory: Path, sizes: dict[str, int]):
-        """Cut each file after the last line that ends within its first sizes[name] bytes.
+        """Truncate each file to the whole lines within its first sizes[name] bytes.
 
-        A file that `sizes` does not name starts empty. TensorBoard's file is written again from
-        what is left. Raises ValueError if a line of that is damaged.
+        A file that `sizes` does not name starts empty. TensorBoard's file is rebuilt from the lines
+        that are left. Raises ValueError if one of them is damaged.
         """
         self.directory, self._files, self._board = directory, {}, None
         with contextlib.ExitStack() as opened:
@@ -104,7 +104,7 @@ class RunLog:
         return [line.model_dump(exclude_unset=True) for line in lines]
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file; all of them have reached the disk."""
+        """Sync every file to disk, and return its size in bytes."""
         for file in self._files.values():
             os.fsync(file.fileno())
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
@@ -150,7 +150,7 @@ class TensorBoard:
 
 
 def page(sample: dict[str, Any]) -> str:
-    """A sample as an indented block of markdown, which is shown as it is."""
+    """A sample as an indented markdown block, which TensorBoard shows verbatim."""
     text = (
         f"{sample['question']}{sample['text']}\n\n"
         f"reward {sample['reward']}, advantage {sample['advantage']}"

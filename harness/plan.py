@@ -22,8 +22,8 @@ GIB = 2**30
 PROMPT_TOKENS = 256  # assumed length of a prompt: the plan is made before any prompt is known
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
 RESERVE_BYTES = GIB  # left free if model.memory_gib is null
-# A decode step holds two buffers of the size of its float32 logits. Steps that run directly and
-# recorded steps have separate memory pools.
+# A decode step holds two buffers of the size of its float32 logits. Eager steps and recorded steps
+# (CUDA graphs) have separate memory pools.
 STEP_BUFFERS = 4
 # "up until CUDA 12.4 and driver 550", per kernel of a graph (PyTorch, CUDAGraph Trees)
 GRAPH_BYTES = 2**16
@@ -54,7 +54,7 @@ class Plan:
     pinned_bytes: float  # CPU memory for offloaded optimizer state
     cache_bytes: int  # KV cache budget for grpo.rollout
     evaluation_cache_bytes: int  # smaller: an evaluation prefills more prompts at once
-    cache_rows: int  # answers decoded at once; 0: not one fits
+    cache_rows: int  # answers decoded at once; 0 if not even one fits
     recompute_layers: int  # for grpo.update_policy
 
     @property
@@ -149,7 +149,7 @@ def _rollout_parts(
 
     # Answers run on for up to CHECK_INTERVAL tokens before the host sees that they have ended.
     row_bytes = token_bytes * (longest + CHECK_INTERVAL)
-    # If prompts are shorter than assumed, the same cache holds more rows, and their logits.
+    # If prompts are shorter than assumed, the same cache holds more answers, with their logits.
     more_rows = longest / config.training.max_gen_len
     step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows
     free = budget - sum(parts.values())
@@ -183,7 +183,7 @@ def _update_parts(
     parts["attention mask"] = tokens * mask_bytes_per_token(config, shape)
 
     # At the end of the backward pass the activations are gone, but the embedding's gradient exists.
-    # If the head is tied to the embedding, the head's gradient waits for it.
+    # If the head is tied to the embedding, the head's gradient is kept until then, too.
     waiting = head - parts["chunk of logits"] - parts["attention mask"]
     embedding = waiting if shape.tie_word_embeddings else 0
     for recompute_layers in range(shape.num_hidden_layers):
@@ -198,8 +198,8 @@ def _update_parts(
 def _free_budget(device: str, cards: int) -> float:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "model.memory_gib=null plans with the memory that is free on the card, but there is no "
-            "CUDA device; say how much the card has, for example model.memory_gib=43.5"
+            "model.memory_gib=null plans with the memory that is free on the GPU, but there is no "
+            "CUDA device; say how much there is, for example model.memory_gib=43.5"
         )
     ranks = cards if device == "cpu" else 1  # ranks on CPUs share one machine's memory
     return (free_bytes(torch.device(device)) - RESERVE_BYTES) / ranks
@@ -279,7 +279,7 @@ def absent_model(path: Path) -> str:
 
 
 def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
-    """Settings with which the run fits; each is tried before it is suggested."""
+    """Settings with which the run fits. Each suggestion has been tried."""
 
     now, longest = config.training.micro_batch_tokens, PROMPT_TOKENS + config.training.max_gen_len
     step = max(256, now // 32)
@@ -297,5 +297,5 @@ def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
                 return "set " + " and ".join(f"{key}={value}" for key, value in settings.items())
     needed = math.ceil(100 * plan.needed / GIB) / 100
     if config.model.memory_gib is None:
-        return f"{needed:.2f} GiB of free memory are enough; otherwise take a smaller model"
-    return f"set model.memory_gib={needed:.2f} if there is as much, or take a smaller model"
+        return f"{needed:.2f} GiB of free memory would be enough; otherwise take a smaller model"
+    return f"set model.memory_gib={needed:.2f} if that much is available, or take a smaller model"

@@ -123,7 +123,7 @@ class IsolatedReward:
         try:
             request = pickle.dumps((response, problem))
         except Exception as error:
-            outcome = f"cannot be sent its problem: {error!r:.300}"
+            outcome = f"could not be sent the problem: {error!r:.300}"
         else:
             outcome = self._ask_worker(request)
         if not isinstance(outcome, str):
@@ -198,24 +198,25 @@ class IsolatedReward:
 
 
 def isolated_reward(task_name: str, *, timeout: float, errors: str) -> IsolatedReward:
-    """Return the task's reward function in a form that no bug of the task can stop or corrupt.
+    """Return the task's reward function, isolated so that its bugs cannot hang or corrupt the run.
 
     The function runs in a worker process, which is killed and replaced if the function takes more
-    than `timeout` seconds for an answer or ends its process. If it does so, raises, allocates more
-    than MAX_MEMORY (Linux only) or returns something other than a Reward, errors="zero" scores the
-    answer 0 with the part "error", and errors="stop" raises ValueError naming the question, the
-    answer, the line and the fix. A total that is not finite passes: the update reports it.
+    than `timeout` seconds for an answer or ends its process. In these cases, and if the function
+    raises, allocates more than MAX_MEMORY (Linux only) or returns something other than a Reward,
+    errors="zero" scores the answer 0 with the part "error", and errors="stop" raises ValueError
+    naming the question, the answer, the line and the fix. A total that is not finite is passed on:
+    the update reports it.
 
-    Call this early: it starts a server process that imports the task in the background, about as
-    long as importing torch takes, and forks the workers from then on. close() ends the worker.
+    Call this early: it starts a server process, which imports the task in the background (this
+    takes about as long as importing torch) and then forks the workers. close() ends the worker.
     """
     return IsolatedReward(task_name, timeout, errors)
 
 
 def _start_forkserver() -> None:
     """Start the server process if it is not running."""
-    resource_tracker.ensure_running()  # would unblock the signals if it came later
-    # The server and its workers inherit the mask. Ctrl-C and the like are only for the run.
+    resource_tracker.ensure_running()  # if started later, it would unblock the signals
+    # The server and its workers inherit the mask. Signals such as Ctrl-C are only for the run.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()
@@ -256,7 +257,7 @@ def _serve(connection: Connection, task_name: str, timeout: float) -> None:
 
 
 def _limit_memory() -> None:
-    """Let the function get a MemoryError before the kernel looks for a process to kill."""
+    """Make the function run into a MemoryError before the kernel's OOM killer acts."""
     if sys.platform == "linux":
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -265,13 +266,13 @@ def _limit_memory() -> None:
 
 
 class _PrintableStream(io.TextIOBase):
-    """Shows what a task prints at once, without characters that control the terminal."""
+    """Prints a task's output immediately, without characters that control the terminal."""
 
     def __init__(self, stream: io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # nobody reads any more: no reason to fail an answer
+        with contextlib.suppress(OSError):  # a closed pipe is no reason to fail an answer
             self._stream.write(printable(text))
             self._stream.flush()
         return len(text)

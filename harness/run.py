@@ -1,4 +1,4 @@
-"""A run: everything around the loop of train.py, so that nobody has to watch it for days.
+"""A run: everything around the loop of train.py, so that it can run unattended for days.
 
 It locks the output directory, handles signals, writes logs and checkpoints, resumes, and turns
 every way to end into one message and an exit code. A checkpoint is taken between a step and the
@@ -55,7 +55,7 @@ FIXED_KEYS = (
 SUCCESS = ("eval/success", "eval/success_low", "eval/success_high", "eval/questions")
 TINY_RUN = "uv run train.py --config config_tiny.yaml"
 UNFORESEEN = 70  # exit code for a bug in this program; Python prints its traceback
-RECENT_STEPS = 20  # how many steps diagnose() sees; a new heading follows as many lines
+RECENT_STEPS = 20  # how many steps diagnose() sees, and how many lines are under a heading
 
 
 class Finished(Exception):
@@ -135,7 +135,7 @@ class OutputLock:
 
 
 class Run:
-    """`with Run() as run:` open it, begin it, take its steps; then run.exit_code says how it ended.
+    """`with Run() as run:` call open(), begin() and steps(); run.exit_code then says how it ended.
 
     open() sets config, task, problems (training and held-out), reward, plan, and model_dir, the
     directory to load model and tokenizer from (a base model or a checkpoint).
@@ -185,7 +185,7 @@ class Run:
     def _open_directory(self, arguments: argparse.Namespace) -> None:
         """Lock the output directory, and set config, state and model_dir for a new or old run."""
         overrides = arguments.overrides
-        if arguments.resume:  # the others change the config of the run in the directory
+        if arguments.resume:  # the others apply to the config of the resumed run
             overrides = [text for text in overrides if text.startswith("output_dir=")]
         config = load_config(arguments.config, overrides)
         self.directory = Path(config.output_dir)
@@ -295,7 +295,7 @@ class Run:
         partial.rename(self.config_path)
 
     def _check_made_for(self, tokenizer: Tokenizer) -> None:
-        """Compare the task's prompt with the only one that a model of warm_start.py knows."""
+        """Compare the task's prompt with the only one that a model made by warm_start.py knows."""
         path = self.model_dir / "made_for.json"
         if not path.exists():
             return
@@ -333,7 +333,7 @@ class Run:
         progress = console.Progress(name, self._check, hidden=self.world.rank > 0)
         self.latest[name] = progress
         packed = contextlib.nullcontext()
-        if name != "update":  # it decodes
+        if name != "update":  # rollout and evaluation decode
             answers = math.ceil(self.config.training.batch_size / self.world.size)
             packed = cpu.packed_for_decoding(self.model, answers)
         start = time.perf_counter()
@@ -436,7 +436,7 @@ class Run:
                 console.log(
                     f"{name}: {progress.peak_bytes / GIB:.2f} GiB at the peak, "
                     f"{sum(parts.values()) / GIB:.2f} planned; "
-                    f"{progress.card_bytes / GIB:.2f} in use on the whole card"
+                    f"{progress.card_bytes / GIB:.2f} in use on the whole GPU"
                 )
 
     def log_evaluation(self, step: int, episodes: list[Episode]) -> None:
@@ -511,7 +511,7 @@ class Run:
         return "", UNFORESEEN
 
     def _tell_other_ranks(self, error: BaseException | None, message: str) -> BaseException | None:
-        """Let all ranks end together: for the same reason, and not before the last one is here."""
+        """Make all ranks end together: for the same reason, and only when all have arrived."""
         try:
             if error is None or isinstance(error, Finished):
                 self.world.all_gather_objects(None)
@@ -522,7 +522,7 @@ class Run:
         return error
 
     def _save_finished_steps(self, error: BaseException) -> str:
-        """Save the steps since the last checkpoint if their weights are good; say what is saved.
+        """Save the steps since the last checkpoint if it is safe, and say what is saved.
 
         An error in the update may have left the weights half updated. With several ranks, any error
         may have done so, but a signal stops all of them at the same point.
@@ -567,25 +567,25 @@ class Run:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """config, resume, plan (the number of cards, None without --plan) and overrides."""
+    """config, resume, plan (the number of GPUs, None without --plan) and overrides."""
     parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
     parser.add_argument("--config", default="config.yaml", help="default: config.yaml")
     mode = parser.add_mutually_exclusive_group()
     text = "continue the run in output_dir with its own config"
     mode.add_argument("--resume", action="store_true", help=text)
     num_ranks = os.environ.get("WORLD_SIZE", "1")
-    text = "print the memory that the run needs on each of CARDS cards (default: 1), and end"
+    text = "print the memory that the run needs on each of CARDS GPUs (default: 1), and exit"
     mode.add_argument("--plan", nargs="?", const=num_ranks, metavar="CARDS", help=text)
     text = "for example training.learning_rate=5e-6"
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=text)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.plan is not None:
-        if "=" in arguments.plan:  # an override, which argparse has taken for the number of cards
+        if "=" in arguments.plan:  # an override, which argparse has taken for the number of GPUs
             arguments.overrides.insert(0, arguments.plan)
             arguments.plan = num_ranks
         cards = arguments.plan
         if not cards.isdecimal() or int(cards) == 0:
-            raise ValueError(f"--plan {cards}: wanted the number of cards, for example --plan 4")
+            raise ValueError(f"--plan {cards}: wanted the number of GPUs, for example --plan 4")
         arguments.plan = int(cards)
     return arguments
 

@@ -418,11 +418,11 @@ def test_a_card_is_refused_for_what_it_lacks(a40, monkeypatch):
     # ranks of this machine not counted.
     check()
     a40["cuda"] = 21 * GIB
-    with pytest.raises(ValueError, match=r"takes 21\.\d GiB.* 21\.0 GiB of the NVIDIA A40 are"):
+    with pytest.raises(ValueError, match=r"takes 21\.\d GiB.* 21\.0 GiB of the NVIDIA A40 is"):
         check()
     a40["cuda"] = 44 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"pins 86\.2 GiB .* 60\.0 GiB are .*offload=false"):
+    with pytest.raises(ValueError, match=r"pins 86\.2 GiB .* 60\.0 GiB is .*offload=false"):
         check()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match=r"bfloat16 needs .* 8\.0 .* A40 has 7\.5; set .*float32"):

@@ -322,7 +322,9 @@ def test_a_prompt_that_is_too_long_is_an_error_that_says_what_fits():
 
 @pytest.mark.parametrize("cache_bytes", [0, SLOT_BYTES - 1])
 def test_a_budget_too_small_for_one_answer_is_an_error(cache_bytes):
-    with pytest.raises(ValueError, match=rf"hold no answer: .* 82 tokens, take {SLOT_BYTES:,}"):
+    with pytest.raises(
+        ValueError, match=rf"cannot hold one answer: .* 82 tokens and take {SLOT_BYTES:,}"
+    ):
         run(cache_bytes=cache_bytes)
     assert slots_of(SLOT_BYTES) == 1
 

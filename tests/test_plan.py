@@ -223,7 +223,7 @@ def test_without_a_limit_the_plan_takes_what_is_free_except_one_gib(monkeypatch)
     monkeypatch.setattr("harness.plan.free_bytes", lambda device: 5 * 2**28)
     with pytest.raises(ValueError, match=r"into 0\.25 GiB \(model\.memory_gib=null\)") as error:
         make_plan(unlimited, SHAPE)
-    assert re.search(r"\d GiB of free memory are enough", str(error.value))
+    assert re.search(r"\d GiB of free memory would be enough", str(error.value))
 
 
 # ---------------------------------------------------------------- what only a CPU needs

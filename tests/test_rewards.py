@@ -274,7 +274,7 @@ def test_a_task_that_changes_its_problem_changes_a_copy(reward):
 
 
 def test_a_problem_that_cannot_be_pickled_is_named(reward):
-    with pytest.raises(ValueError, match=r"cannot be sent its problem.*pickle") as caught:
+    with pytest.raises(ValueError, match=r"could not be sent the problem.*pickle") as caught:
         reward("an answer", act="good", key=lambda: 3)
     assert "'an answer'" in str(caught.value)
 

@@ -527,7 +527,7 @@ DAMAGE = {  # found by the checksums
     "not complete": (lambda p: (p / "complete.json").unlink(), "complete.json does not exist"),
     "a file outside": (
         lambda p: edit_json(p / "complete.json", **{"../x": "0"}),
-        "'../x', which is no file of the checkpoint",
+        "'../x', which is not a plain file name",
     ),
 }
 for text in ("[]", "3", "null", "{}", '{"trainer.json"', "[" * 100_000, '{"config.json": 1}'):
@@ -548,7 +548,7 @@ SIGNED_DAMAGE = {  # with checksums that fit
     ),
     "a missing shard": (
         lambda p: (p / "optimizer.tensors").rename(p / "optimizer-00001-of-00002.tensors"),
-        "not all shards",
+        "not the complete set of optimizer shards",
     ),
     "unequal shards": (unequal_shards, "the shards of the optimizer state do not belong together"),
     "noise": (
@@ -616,7 +616,7 @@ def test_room_is_checked_before_writing(finished, monkeypatch, capsys):
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert "the checkpoint of step 6 could not be written" in error
-    assert "no room: 0.00 GB are free, 0.06 GB needed" in error
+    assert "not enough disk space: 0.06 GB needed, 0.00 GB free" in error
 
 
 def test_partial_checkpoints_are_removed_and_nothing_else(finished, tmp_path):
@@ -1056,4 +1056,4 @@ def test_a_plan_takes_the_number_of_cards_and_overrides(capsys):
     assert len(set(tables)) == 3
     for cards in ("0", "-1", "two"):
         assert train.main([*command[:2], f"--plan={cards}"]) == 2
-        assert "wanted the number of cards" in capsys.readouterr().err
+        assert "wanted the number of GPUs" in capsys.readouterr().err

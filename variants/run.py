@@ -1,4 +1,4 @@
-"""Train the tiny model with variants of GRPO and rank them by the answers they need.
+"""Train the tiny model with variants of GRPO and rank them by how many answers they need.
 
     uv run variants/run.py NAME... [key.path=value ...] [--seeds 1 2 3]
 
@@ -8,8 +8,8 @@ with the given settings. The runs are kept in runs/variants/NAME-SEED, and the m
 in runs/variants/NAME, for plot.py.
 
 The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
-until success on the held-out questions first reaches 90 %, "-" if it never does. Success is known
-at evaluations only, so training.eval_interval sets how exact this is. Values are means over the
+until success on the held-out questions first reaches 90 %, "-" if it never does. Success is only
+measured at evaluations, so training.eval_interval sets how exact this is. Values are means over the
 seeds with the 95 % interval of the mean (Student's t).
 """
 
@@ -77,7 +77,7 @@ def make_tree(name: str, directory: Path) -> None:
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, directory / file)
     if name != "grpo":
-        # Without a repository of its own, git would take the paths from one around the directory.
+        # Without its own repository, git would resolve paths in one that encloses the directory.
         subprocess.run(["git", "init", "-q"], cwd=directory, check=True)
         patch = ROOT / "variants" / f"{name}.patch"
         subprocess.run(["git", "apply", patch], cwd=directory, check=True)
@@ -148,7 +148,7 @@ def mean_curve(runs: list[SeedRun]) -> list[dict]:
             values = [record.get(key) for record in records]
             if all(isinstance(value, int | float) for value in values):
                 mean[key] = fmean(values)
-        if "eval/success" in mean and len(runs) > 1:  # one run has the interval of its questions
+        if "eval/success" in mean and len(runs) > 1:  # one run keeps its own interval
             _, low, high = interval([record["eval/success"] for record in records])
             mean |= {"eval/success_low": max(0.0, low), "eval/success_high": min(1.0, high)}
         curve.append(mean)
