@@ -32,6 +32,13 @@ def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
     return flat
 
 
+def are_views(parameters: Iterable[nn.Parameter], flat: Tensor) -> bool:
+    """Whether the parameters are still views of this flat tensor, as flatten() left them."""
+    parameters = list(parameters)
+    shared = _shared_tensor(parameters, parameters)
+    return shared is not None and shared.data_ptr() == flat.data_ptr()
+
+
 def zero_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Set every .grad to zeros, all of them views of one flat tensor, and return that tensor."""
     parameters = list(parameters)

@@ -7,7 +7,8 @@ tokens. It runs each prompt once for all of its answers (prefill), decodes the a
 
 An answer is decoded in a slot of the KV cache; the memory budget decides how many slots there are.
 Each random number belongs to an answer and a position, not to a slot. So neither the memory budget
-nor the number of processes changes what is sampled.
+nor the number of processes changes what is sampled, up to rounding: in bf16 a product may round
+differently for another number of slots.
 
 Dimension key: N prompts, A answers, R slots, P positions, G response tokens at most, V vocabulary,
                L tokens.

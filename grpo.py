@@ -95,8 +95,8 @@ def rollout(
     Answer j to question i is episode i * num_answers + j and has question_id i. An answer may take
     max_gen_len tokens, whatever the length of its prompt; an answer cut off at that length is
     scored as it is. Each rank works on its shard of the questions, and all ranks return all
-    episodes. The sampled tokens depend neither on the ranks nor on cache_bytes, the memory for the
-    KV cache.
+    episodes. cache_bytes is the memory for the KV cache. Neither the ranks nor this memory change
+    the random number of any token.
 
     Raises ValueError, naming the question, if a prompt leaves no room for an answer.
     """
@@ -315,8 +315,9 @@ def update_policy(
     kept = [(e, advantage) for e, advantage in pairs if e.is_finished or not skip_unfinished]
     answers = [(e, advantage) for e, advantage in kept if advantage != 0]
     num_tokens = sum(len(e.response_token_ids) for e, _ in kept)
-    if skipped := _skip_before_update(episodes, kept, answers, num_tokens):
-        return skipped
+    stats = _skip_before_update(episodes, kept, answers, num_tokens)
+    if stats is not None:
+        return stats
 
     gradient = zero_gradient(model.parameters())  # one flat tensor; every .grad is a view of it
     micro_batches = list(pack_micro_batches(answers, micro_batch_tokens, world.size))
@@ -360,7 +361,7 @@ def _skip_before_update(
     """The stats of a step that is skipped before it has a gradient, or None if it is not."""
     broken = set()
     for e in episodes:
-        if not all(map(math.isfinite, (e.reward.total, *e.response_logprobs))):
+        if not all(math.isfinite(x) for x in [e.reward.total, *e.response_logprobs]):
             broken.add(e.question_id)
     if broken:
         return UpdateStats(

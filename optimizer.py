@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_types import SingleProcess
-from flat import ALIGNMENT, flatten, gather_gradient
+from flat import ALIGNMENT, are_views, flatten, gather_gradient
 from gpu import StreamedState
 
 # Weights updated at a time. This bounds the float32 temporaries; on a CPU they fit in its cache.
@@ -78,7 +78,7 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update the weights from their .grad; a missing .grad counts as 0. All ranks call it."""
-        if self.params[0].data_ptr() != self.weights.data_ptr():
+        if not are_views(self.params, self.weights):
             raise ValueError(
                 "the weights have moved since AdamW was created; move the model before creating it"
             )

@@ -320,3 +320,13 @@ def test_offload_gives_the_same_numbers_on_cuda(piece, dtype, monkeypatch):
     torch.cuda.synchronize()
     assert_equal(offloaded, ours)
     assert_equal(streamed.state.values(), [t.cpu() for t in resident.state.values()])
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_parameter_that_has_moved_is_an_error(index):
+    # Catches: only the first parameter checked; the others would silently keep their values.
+    params = random_params()
+    optimizer = AdamW(params, lr=1.0)
+    params[index].data = params[index].detach().clone()
+    with pytest.raises(ValueError, match="the weights have moved"):
+        optimizer.step()
