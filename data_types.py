@@ -1,6 +1,6 @@
 """The data types that the files share, and the defaults for `world` and `progress`.
 
-Token ids are plain Python lists here. Tensors, padding and devices appear only in built batches.
+Token ids are plain Python lists here. Tensors, padding and devices appear once a batch is built.
 """
 
 import itertools

@@ -37,7 +37,7 @@ from harness.rewards import isolated_reward, load_problems, load_task
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
-GREEDY = 1e-6  # a temperature so low that the likeliest token has all of the probability
+GREEDY = 1e-6  # a temperature so low that the most likely token has all of the probability
 GREEN, RED, DIM = "\033[32m", "\033[31m", "\033[2m"
 
 
@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     add("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; overrides")
     add("--config", metavar="FILE", help="default: the config of the run, or config.yaml")
     add("--samples", type=int, default=1, metavar="K", help="answers per question (default: 1)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="0: take the likeliest token")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy decoding")
     add("--json", metavar="FILE", help="write every answer and the results to this file")
     add("--ask", metavar="QUESTION", help="print the model's answer; training.seed varies it")
     add(

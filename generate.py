@@ -297,7 +297,7 @@ class Decoder:
         return len(ended) - alive
 
     def decode(self) -> int:
-        """Sample the next tokens of all slots in use. Returns the slots times the steps run."""
+        """Sample the next tokens of all slots in use. Returns slots x decode steps."""
         if self.graphs is None:
             self.step(self.in_use)
             return self.in_use

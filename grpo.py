@@ -95,8 +95,8 @@ def rollout(
     Answer j to question i is episode i * num_answers + j and has question_id i. An answer may take
     max_gen_len tokens, whatever the length of its prompt; an answer cut off at that length is
     scored as it is. Each rank works on its shard of the questions, and all ranks return all
-    episodes. cache_bytes is the memory for the KV cache. Neither the ranks nor this memory change
-    the random number of any token.
+    episodes. cache_bytes is the memory for the KV cache. Neither it nor the number of ranks changes
+    which random number a token gets.
 
     Raises ValueError, naming the question, if a prompt leaves no room for an answer.
     """
@@ -358,7 +358,7 @@ def _skip_before_update(
     answers: list[tuple[Episode, float]],
     num_tokens: int,
 ) -> UpdateStats | None:
-    """The stats of a step that is skipped before it has a gradient, or None if it is not."""
+    """The stats of a step that is skipped before its gradient is computed, or None to go ahead."""
     broken = set()
     for e in episodes:
         if not all(math.isfinite(x) for x in [e.reward.total, *e.response_logprobs]):

@@ -1,6 +1,6 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose small updates survive bf16 weights.
 
-A bf16 weight has 8 significant bits. An update of 1e-6 to a weight above 0.0004 is less than half
+A bf16 weight has 8 significant bits. An update of 1e-6 to a weight above 0.0005 is less than half
 of its last bit and would be rounded away, step after step. So each bf16 weight is stored with 16
 more bits, low_bits. Together they are a float32 master weight:
 

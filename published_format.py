@@ -254,7 +254,7 @@ def parse_json(text: str, name: str, *, remedy: str = REMEDY) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({str(error)[:200]}); {remedy}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} holds a {type(value).__name__}, not an object; {remedy}")
+        raise ValueError(f"{name} must be a JSON object, not {type(value).__name__}; {remedy}")
     return value
 
 

@@ -15,8 +15,8 @@ result with the third number in every way. Most of them give up early:
 
 All traces are for training questions. Two details make them easy to learn. First, the target is
 repeated next to each value, so that a verdict compares adjacent numbers; without this, the model
-accepted one wrong value in six. Second, a pair is finished before the next one starts, so that to
-avoid repetition the model has to remember three pairs, not thirty attempts.
+accepted one wrong value in six. Second, a pair is finished before the next one starts, so to
+avoid repeating itself the model only has to remember three pairs instead of thirty attempts.
 """
 
 import argparse
@@ -364,8 +364,8 @@ def muon_step(matrices: list[nn.Parameter], momentum_buffers: list[Tensor], *, l
     """One step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in place.
 
     momentum_buffers: running averages of the gradients, zeros before the first step. Computes what
-    torch.optim.Muon does, but in float32: that one uses bf16, which is seventy times slower on a
-    CPU without bf16 instructions.
+    torch.optim.Muon does, but in float32: torch computes in bf16, which is seventy times slower on
+    a CPU without bf16 instructions.
     """
     for matrix, buffer in zip(matrices, momentum_buffers, strict=True):
         buffer.lerp_(matrix.grad, 1 - MUON_MOMENTUM)

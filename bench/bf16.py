@@ -1,4 +1,4 @@
-"""How much of small updates survives in bf16: 500 steps of AdamW on a known regression.
+"""How much of each small update survives in bf16: 500 steps of AdamW on a known regression.
 
     uv run bench/bf16.py
 

@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--shape", default="3B", choices=SHAPES)
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--out", type=Path, default=Path("card.md"))
-    parser.add_argument("--scratch", type=Path, help="where models and runs are written for a time")
+    parser.add_argument("--scratch", type=Path, help="directory for temporary models and runs")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:

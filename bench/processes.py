@@ -1,4 +1,4 @@
-"""The speed-up from several ranks: wall-clock time of the same rollout and update, with waiting.
+"""The speed-up from several ranks: wall-clock time of one rollout and one update, waiting included.
 
 OMP_NUM_THREADS=1 uv run bench/processes.py 0.5B 8 16 48 --layers 8 --dtype float32
 OMP_NUM_THREADS=1 uv run torchrun --nproc-per-node 2 \

@@ -29,7 +29,7 @@ def load_problems(data) -> tuple[list[dict], list[dict]]:
     Raises FileNotFoundError or ValueError naming the file, the row and the fix.
     """
     remedy = (
-        "take grade_school_math/data/train.jsonl from "
+        "download grade_school_math/data/train.jsonl from "
         "https://github.com/openai/grade-school-math, or any .jsonl file with lines like "
         '{"question": "...", "answer": "... #### 42"}'
     )
@@ -79,7 +79,7 @@ def _read_problem(place: str, row: dict) -> dict:
     number = parse_number(answer.rpartition("####")[2])
     if number is None or not isinstance(question, str):
         raise ValueError(
-            f"{place}: the answer {answer[-60:]!r} does not end in a number; it must be like "
+            f"{place}: the answer {answer[-60:]!r} does not end in a number; it must look like "
             '"42" or "... #### 42"'
         )
     return {"question": question, "number": number}

@@ -2,8 +2,8 @@
 
     uv run --group gym train.py --config config_cpu.yaml data.dataset=chain_sum data.max_terms=4
 
-`data.dataset` is the name of a task. All other keys of the section `data` that are not declared in
-Data below are parameters of that task. Problems are generated from seeds and scored by the task's
+`data.dataset` is the name of a task. Keys of the section `data` that are not declared in Data below
+are parameters of that task. Problems are generated from seeds and scored by the task's
 own verifier.
 """
 
@@ -34,7 +34,7 @@ class Data(BaseModel, extra="allow", frozen=True):
     dataset: str  # a name from reasoning_gym.factory.DATASETS
     test_size: int = Field(ge=1, le=10**6)  # held-out problems
     train_size: int = Field(100_000, ge=1, le=10**9)  # training problems, generated when needed
-    seed: int = Field(0, ge=0)  # another seed gives other problems, held-out ones included
+    seed: int = Field(0, ge=0)  # another seed gives different problems, held-out ones included
     path: str | None = None  # inherited from config.yaml, not used
 
 
@@ -101,7 +101,7 @@ def _create_dataset(data: Data, *, seed: int, size: int) -> Any:
         return gym.create_dataset(data.dataset, seed=seed, size=size, **parameters)
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(
-            f"reasoning-gym refuses data.dataset={data.dataset} with {parameters}: {error}; its "
+            f"reasoning-gym rejects data.dataset={data.dataset} with {parameters}: {error}; its "
             "documentation lists the tasks and their parameters"
         ) from None
 
@@ -115,9 +115,9 @@ def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def reward_function(response: str, dataset: str, entry: dict[str, Any]) -> Reward:
-    """The verifier's score of the last <answer>…</answer>, plus 0.1 for the form.
+    """The verifier's score of the last <answer>…</answer>, plus 0.1 for the format.
 
-    The form is right if there is exactly one such block and the response ends with it.
+    The format is right if there is exactly one such block and the response ends with it.
     """
     answers = ANSWER.findall(response)
     well_formed = float(len(answers) == 1 and response.rstrip().endswith("</answer>"))

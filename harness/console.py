@@ -93,7 +93,7 @@ def bar(title: str, total: int, unit: str, *, hidden: bool) -> Iterator[tqdm]:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory: on a GPU, what PyTorch allocated since the last reset; else, of the process."""
+    """Peak memory: of PyTorch's tensors on a GPU since the last reset; on a CPU, of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     kilobytes = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -51,7 +51,7 @@ def check_cuda(config: Config, plan: Plan) -> None:
         raise ValueError(
             f"the plan takes {needed / GIB:.1f} GiB (model.memory_gib={config.model.memory_gib}), "
             f"but only {free / GIB:.1f} GiB of the {name} is free; set model.memory_gib=null to "
-            "plan with what is free, or end the other programs that use the GPU"
+            "plan with what is free, or stop the other programs that use the GPU"
         )
     # Every rank on this machine pins its share of the optimizer state.
     pinned = plan.pinned_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -59,8 +59,8 @@ def check_cuda(config: Config, plan: Plan) -> None:
     if pinned > free:
         raise ValueError(
             f"optimizer.offload=true pins {pinned / GIB:.1f} GiB of CPU memory for the optimizer "
-            f"state, but only {free / GIB:.1f} GiB is free; end other programs, set "
-            "optimizer.offload=false, or take a smaller model"
+            f"state, but only {free / GIB:.1f} GiB is free; close other programs, set "
+            "optimizer.offload=false, or use a smaller model"
         )
 
 

@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl, samples.jsonl, timings.jsonl, and a view of them in TensorBoard.
 
-metrics.jsonl and samples.jsonl hold what was computed, the same bytes however often the run was
-interrupted. timings.jsonl holds what it cost. docs/metrics.md explains every name.
+metrics.jsonl and samples.jsonl hold what was computed: on a CPU, the same bytes however often the
+run was interrupted. timings.jsonl holds what it cost. docs/metrics.md explains every name.
 """
 
 import contextlib

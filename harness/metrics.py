@@ -11,7 +11,7 @@ from data_types import Episode, UpdateStats
 
 MISMATCH = 0.1  # nats per token; rounding in bfloat16 alone stays well below
 UNCOUNTED = (
-    'no reward has a part "answer", so success cannot be counted and is shown as nan or 0 %: '
+    'no reward has a part "answer", so success cannot be counted and is shown as "-" or 0 %: '
     'let the task return Reward(total, {"answer": 1.0}) for a correct answer, else 0.0'
 )
 
@@ -86,7 +86,7 @@ def answer_record(episode: Episode) -> dict:
 
 
 def diagnose(recent: list[dict[str, float]]) -> set[str]:
-    """Warnings about the metrics of the last (up to) twenty steps, newest last, with advice."""
+    """Warnings, with advice. recent: the metrics of the last twenty steps at most, newest last."""
     found, newest = set(), recent[-1]
     if len(recent) == 20 and all(m["frac_reward_zero_std"] == 1 for m in recent):
         found.add(
@@ -207,7 +207,7 @@ def paired_p_value(differences: list[int]) -> float:
 
 
 def compare_models(first: list[Episode], second: list[Episode]) -> dict:
-    """The second model minus the first: same questions, equally many answers to each."""
+    """The second model minus the first: same questions, same number of answers to each."""
     pairs = zip(success_counts(first), success_counts(second), strict=True)
     differences = [b - a for a, b in pairs]
     return {

@@ -25,7 +25,7 @@ RESERVE_BYTES = GIB  # left free if model.memory_gib is null
 # A decode step holds two buffers of the size of its float32 logits. Eager steps and recorded steps
 # (CUDA graphs) have separate memory pools.
 STEP_BUFFERS = 4
-# "up until CUDA 12.4 and driver 550", per kernel of a graph (PyTorch, CUDAGraph Trees)
+# Device memory per kernel of a graph, up to CUDA 12.4 and driver 550 (PyTorch, "CUDAGraph Trees").
 GRAPH_BYTES = 2**16
 CHUNK_BUFFERS = 1.5  # float32 logits of a chunk of the loss, and their gradient in bf16
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
@@ -220,8 +220,8 @@ def activation_bytes_per_token(
     b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
     # A norm keeps its input. On a CPU it is in float32, with the normalised value beside it.
     norms = 2 * b * E if device == "cuda" else 2 * (4 * E + 4 * E)
-    # Attention keeps input, queries and result twice, keys and values; the MLP keeps input, gate,
-    # up and silu(gate) * up.
+    # Attention keeps its input and queries once, its result, keys and values twice; the MLP keeps
+    # its input, gate, up and silu(gate) * up.
     attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)
     mlp = b * (E + 3 * I)
     # Half a layer more for gradients in flight. Whole layers are freed before the backward pass
@@ -297,5 +297,5 @@ def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
                 return "set " + " and ".join(f"{key}={value}" for key, value in settings.items())
     needed = math.ceil(100 * plan.needed / GIB) / 100
     if config.model.memory_gib is None:
-        return f"{needed:.2f} GiB of free memory would be enough; otherwise take a smaller model"
-    return f"set model.memory_gib={needed:.2f} if that much is available, or take a smaller model"
+        return f"{needed:.2f} GiB of free memory would be enough; otherwise use a smaller model"
+    return f"set model.memory_gib={needed:.2f} if that much is available, or use a smaller model"

@@ -43,7 +43,7 @@ from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
-# A resumed run may not change these: it would be another run.
+# A resumed run may not change these: it would be a different run.
 FIXED_KEYS = (
     "task",
     "data",
@@ -183,7 +183,7 @@ class Run:
             check_cuda(config, self.plan)
 
     def _open_directory(self, arguments: argparse.Namespace) -> None:
-        """Lock the output directory, and set config, state and model_dir for a new or old run."""
+        """Lock the output directory. Set config, state and model_dir of a new or resumed run."""
         overrides = arguments.overrides
         if arguments.resume:  # the others apply to the config of the resumed run
             overrides = [text for text in overrides if text.startswith("output_dir=")]
@@ -295,7 +295,7 @@ class Run:
         partial.rename(self.config_path)
 
     def _check_made_for(self, tokenizer: Tokenizer) -> None:
-        """Compare the task's prompt with the only one that a model made by warm_start.py knows."""
+        """Compare the task's prompt with the one that a model from warm_start.py was trained on."""
         path = self.model_dir / "made_for.json"
         if not path.exists():
             return
@@ -558,7 +558,7 @@ class Run:
         path = checkpoint_path(self.checkpoints, self.saved_step)
         text = f"{path} is the trained model, in the published format"
         records = self.run_log.read("metrics.jsonl")
-        # A value is None if it was not a number, because the task counts no correct answers.
+        # The lines of training steps do not have these metrics.
         evaluations = [r for r in records if None not in map(r.get, SUCCESS)]
         if evaluations:
             before, after = _success(evaluations[0]), _success(evaluations[-1])

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
-    """The directory of a small model with weights so random that its answers differ."""
+    """The directory of a small random model whose next-token distribution is far from uniform."""
     from tokenizer import Tokenizer
     from warm_start import make_tokenizer, new_model
 

@@ -41,7 +41,7 @@ def test_a_benchmark_runs_at_a_tiny_shape(command, shown):
 
 
 @pytest.mark.slow
-def test_the_report_of_a_card_can_be_tried_without_one(tmp_path):
+def test_card_py_runs_without_a_gpu(tmp_path):
     report = tmp_path / "card.md"
     command = f"bench/card.py --device cpu --shape tiny --out {report} --scratch {tmp_path}"
     assert "12 parts, 0 failed" in run(command, GRPO_ZERO="echo the seed system")

@@ -104,7 +104,7 @@ def test_extends_changes_only_what_it_names(tmp_path):
     }
 
 
-def test_a_circle_of_extends_is_refused(tmp_path):
+def test_a_file_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     assert faults(tmp_path / "a.yaml") == [
@@ -148,7 +148,7 @@ def test_the_home_directory_is_expanded(tmp_path, monkeypatch, key):
     st.text(min_size=1).filter(lambda text: not text.startswith("~"))
     | st.sampled_from(["1e3", "010", "1:30", "nULL", "yEs", "2026-11-24", "a: b", "&a", "é\u2028"])
 )
-def test_what_is_written_is_read_again(tmp_path_factory, text):
+def test_a_written_config_reads_back_unchanged(tmp_path_factory, text):
     written = tmp_path_factory.mktemp("written") / "config.yaml"
     config = load_config(TINY, [f"output_dir={text}", "training.learning_rate=1e-6"])
     written.write_text(as_yaml(config), encoding="utf-8")

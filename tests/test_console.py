@@ -152,7 +152,7 @@ def test_printed_text_cannot_control_the_terminal(capsys):
     assert capsys.readouterr() == ("", expected)
 
 
-def test_an_error_is_shown_although_nobody_reads_stdout(monkeypatch, capsys):
+def test_an_error_is_shown_even_if_nobody_reads_stdout(monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as closed_pipe:

@@ -237,7 +237,7 @@ def test_a_step_that_cannot_be_recorded_runs_directly_after_one_warning(emulated
     assert gc.isenabled()
 
 
-def test_slots_are_rounded_up_to_few_numbers():
+def test_slots_are_rounded_up_to_a_few_sizes():
     rounded = {slots: round_up_slots(slots) for slots in range(1, 257)}
     assert all(rounded[slots] >= slots for slots in rounded)
     assert set(rounded.values()) == {8, 16, *range(32, 257, 32)}
@@ -389,7 +389,7 @@ def test_the_allocator_setting_reaches_pytorch_after_its_import():
         (None, False),
     ],
 )
-def test_errors_for_want_of_memory_are_recognised(error, wanted):
+def test_out_of_memory_errors_are_recognised(error, wanted):
     assert cuda.is_out_of_memory(error) is wanted
 
 

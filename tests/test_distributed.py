@@ -1,4 +1,4 @@
-"""Several ranks, over gloo on this machine: the results of one process, and no end that hangs."""
+"""Several ranks, over gloo on this machine, give the results of one process, and never hang."""
 
 import json
 import multiprocessing
@@ -114,12 +114,12 @@ def nan_on_the_last_rank(world) -> dict:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_an_update_is_that_of_a_single_process(size):
+def test_an_update_equals_that_of_a_single_process(size):
     # Catches: the gradient averaged instead of summed; the norm of a shard taken for that of the
     # whole gradient; the weights not gathered.
     single, ranks = two_steps(SingleProcess()), run_ranks(size, two_steps)
     for rank in ranks:
-        assert rank["weights"] == ranks[0]["weights"]  # to the bit
+        assert rank["weights"] == ranks[0]["weights"]  # bit for bit
         assert rank["weights"] == pytest.approx(single["weights"], abs=1e-6)
         assert rank["changed"] == pytest.approx(single["changed"], abs=1e-3)
         for ours, theirs in zip(rank["stats"], single["stats"], strict=True):
@@ -180,7 +180,7 @@ def fail_on_rank_1(world) -> tuple:
         return failure.reason, failure.exit_code, failure.is_signal
 
 
-def test_a_failure_reaches_a_rank_between_two_meetings():
+def test_a_failure_reaches_a_rank_between_two_collectives():
     # Catches: check() that does not look for failures.
     assert run_ranks(2, fail_on_rank_1) == [("rank 1: planted", 7, False)] * 2
 
@@ -197,7 +197,7 @@ def test_an_error_comes_before_a_signal():
     assert run_ranks(3, fail_with_rank) == ["rank 1: planted"] * 3
 
 
-def test_a_single_process_starts_no_others():
+def test_a_single_process_does_not_initialise_torch_distributed():
     # Catches: Torchrun() made whatever WORLD_SIZE says.
     source = (
         "import train; from torch import distributed; "
@@ -313,7 +313,7 @@ def single(base_model, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_runs_of_two_and_three_ranks_are_the_run_of_one(base_model, single, tmp_path):
+def test_runs_of_two_and_three_ranks_equal_the_run_of_one(base_model, single, tmp_path):
     for size in (2, 3):
         output = launch_well(size, tmp_path / str(size), base_model)
         assert output.count("step 6:") == 1, output  # only rank 0 prints
@@ -338,7 +338,7 @@ def test_a_run_resumes_with_another_number_of_ranks(base_model, single, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_resumes_to_the_bit(base_model, tmp_path):
+def test_a_run_of_two_ranks_resumes_bit_for_bit(base_model, tmp_path):
     launch_well(2, tmp_path / "unbroken", base_model)
     for steps in (2, 4, 6):  # each run ends with one more evaluation, so only weights are compared
         launch_well(2, tmp_path / "run", base_model, f"training.max_steps={steps}", RESUME)

@@ -1,4 +1,4 @@
-"""The example task: its reward, its data, and a model that trains on it."""
+"""The GSM8K example: its reward, its data, and a model that trains on it."""
 
 import json
 from decimal import Decimal
@@ -134,7 +134,7 @@ def test_an_answer_may_be_a_number_or_end_in_one(answer, tmp_path):
     ("row", "message"),
     [
         ("{", "rows.jsonl, line 12, is not valid JSON"),
-        ("7", "rows.jsonl, line 12, holds a int, not an object"),
+        ("7", "rows.jsonl, line 12, must be a JSON object, not int"),
         ({"question": "?"}, "rows.jsonl, line 12: answer missing"),
         (
             {"question": "?", "answer": "many"},
@@ -149,7 +149,7 @@ def test_a_row_that_is_not_a_problem_is_named(row, message, tmp_path):
 
 
 def test_a_file_that_is_missing_or_too_small_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist; take"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist; download"):
         gsm8k_task.load_problems(SimpleNamespace(path=str(tmp_path / "nothing.jsonl"), test_size=3))
     with pytest.raises(
         ValueError, match=r"rows\.jsonl has 3 problems, and data\.test_size=3 leaves none"
@@ -184,7 +184,7 @@ def test_a_question_may_contain_stop_tokens_and_tags(tmp_path, base_model):
 # ---------------------------------------------------------------- a whole run
 
 
-def test_it_is_a_task():
+def test_gsm8k_is_a_task():
     assert load_task("examples.gsm8k_task") is gsm8k_task
 
 

@@ -87,7 +87,7 @@ def chi_square(counts, probs) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_sampling_logits_scale_and_mask(temperature):
+def test_logits_are_divided_by_the_temperature_and_masked(temperature):
     # Catches: `div_` -> `mul_`; the mask dropped; the mask on [vocab_size + 1:].
     logits_PV = 5 * torch.randn(7, 13, generator=torch.Generator().manual_seed(0))
     logits_PV[:, 11:] = 1e4  # rows beyond the tokenizer may hold anything
@@ -121,8 +121,8 @@ def test_sampled_tokens_follow_the_distribution():
 
 @pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24])
 def test_extreme_uniform_numbers_sample_possible_ids(uniform):
-    # Catches: right=True -> False, which completions id 0 at 0.0 even if it is impossible; the
-    # factor `cumulative_RV[:, -1:]` dropped, so that a sum below 1 completions the last row of the
+    # Catches: right=True -> False, which samples id 0 at 0.0 even if it is impossible; the
+    # factor `cumulative_RV[:, -1:]` dropped, so that a sum below 1 samples the last row of the
     # head.
     generator = torch.Generator().manual_seed(0)
     logits_RV = 3 * torch.randn(500, 997, generator=generator)

@@ -54,7 +54,7 @@ def test_a_few_steps_raise_the_success_on_held_out_questions():
             vocab_size=tokenizer.vocab_size,
             micro_batch_tokens=2048,
         )
-        assert stats.logprob_diff_max < 1e-3, "the trainer scores another policy than the sampler's"
+        assert stats.logprob_diff_max < 1e-3, "trainer and sampler compute different policies"
     after = answers(test[:HELD_OUT], SAMPLES, seeded_generator(1, "evaluation"))
     comparison = compare_models(before, after)
     assert comparison["difference"] > 0.12, comparison

@@ -275,7 +275,7 @@ def test_a_reward_that_is_not_finite_is_reported(broken):
     assert metrics["frac_reward_zero_std"] == 0.5
 
 
-# Catches: max and min swapped; the advantage of another answer; prompts[i] of the answer's index.
+# Catches: max and min swapped; the advantage of another answer; prompts indexed by answer.
 def test_the_best_the_worst_and_the_longest_answer_are_samples():
     episodes = [
         episode(0, length=3, total=0.1, text="a", format=1.0),

@@ -83,7 +83,7 @@ def test_defaults_equal_those_of_torch_except_the_decay():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_master_weights_equal_torch_in_float32_to_the_bit():
+def test_master_weights_equal_torch_in_float32_bit_for_bit():
     # Catches: `low_bits.copy_(new_low_bits)` dropped; moments in bf16; `(bits + 0x8000) >> 16` ->
     # `bits >> 16`.
     ours = random_params(torch.bfloat16)
@@ -233,7 +233,7 @@ def test_share_of_changed_weights_in_float32_by_hand():
 
 
 def test_share_of_changed_weights_in_bf16_by_hand():
-    # Catches: the two shares exchanged; `updated != master` -> `updated != weight`.
+    # Catches: the two shares swapped; `updated != master` -> `updated != weight`.
     # bf16 is spaced 2^-8 just below 1 and 2^-18 just below 2^-10. The first update is 2^-14.
     weights = nn.Parameter(torch.tensor([1.0, 1.0, 2**-10, 2**-10], dtype=torch.bfloat16))
     optimizer = AdamW([weights], lr=2**-14, eps=1e-12)

@@ -64,7 +64,7 @@ def test_a_task_without_test_size_passes_the_number_of_held_out_questions():
 
 @pytest.mark.parametrize("recompute_layers", [0, 3, 7])
 def test_activations_are_what_autograd_keeps(recompute_layers):
-    # Catches: norms that keep nothing in float32; recomputed layers and the others exchanged; the
+    # Catches: norms that keep nothing in float32; recomputed layers and the others swapped; the
     # bytes of one dtype taken for the other.
     shape = Qwen2Config(128, 192, 832, 7, 6, 2, 4096, 1e-6, 1e4, True)
     model, tokens_1S = Transformer(shape).bfloat16(), torch.arange(640)[None] % 128
@@ -244,7 +244,7 @@ print(before, count())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept():
-    # Catches: the two options of mallopt exchanged, or either left out.
+    # Catches: the two options of mallopt swapped, or either left out.
     command = [sys.executable, "-c", PAGE_FAULTS]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(int, result.stdout.split())
@@ -252,7 +252,7 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.parametrize("library", ["no mallopt", "no oneDNN"])
-def test_a_cpu_without_these_libraries_does_without(library, monkeypatch):
+def test_a_cpu_without_these_libraries_still_works(library, monkeypatch):
     # Catches: mallopt called on macOS; an operator of oneDNN called without oneDNN.
     if library == "no mallopt":
         monkeypatch.setattr("ctypes.CDLL", lambda name: object())

@@ -37,7 +37,7 @@ def test_data_needs_a_dataset():
 @needs_package
 @pytest.mark.parametrize("dataset", ["chain_sum", "spell_backward", "gsm_symbolic"])
 def test_the_verifier_scores_its_own_answers(dataset):
-    # Catches: the first answer block scored instead of the last; the form ignored.
+    # Catches: the first answer block scored instead of the last; the format ignored.
     _, test = task.load_problems(make_data(dataset))
     for problem in test:
         right = f"<answer>{problem['entry']['answer']}</answer>"
@@ -76,9 +76,9 @@ def test_parameters_of_the_dataset_are_data_keys():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "chain_some"}, "refuses data.dataset=chain_some"),
-        ({"max_term": 3}, "refuses data.dataset=chain_sum with .*max_term"),
-        ({"min_terms": 9, "max_terms": 3}, "refuses data.dataset=chain_sum with"),
+        ({"dataset": "chain_some"}, "rejects data.dataset=chain_some"),
+        ({"max_term": 3}, "rejects data.dataset=chain_sum with .*max_term"),
+        ({"min_terms": 9, "max_terms": 3}, "rejects data.dataset=chain_sum with"),
         (
             {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "test_size": 999},
             "only .* different problems",

@@ -1,4 +1,4 @@
-"""The rules of the house that can be read off the source, and the files that README.md names.
+"""The house rules that can be checked in the source, and the files that the pages name.
 
 Only the project's own files are checked, not a user's task beside them.
 """

@@ -230,7 +230,7 @@ def test_stop_ids_that_are_not_ids_of_the_tokenizer_are_refused(tmp_path, genera
 
 
 def test_published_truncation_and_padding_are_switched_off(tmp_path):
-    # Catches: no_truncation or no_padding left out, which cuts or pads prompts without a word.
+    # Catches: no_truncation or no_padding left out, which silently cuts or pads prompts.
     fast = FastTokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))
     fast.enable_truncation(5)
     fast.enable_padding(length=20, pad_id=PAD, pad_token="<pad>")

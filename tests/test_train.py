@@ -105,8 +105,8 @@ def reward_call(step: int, answer: int = 7) -> int:
 # ---------------------------------------------------------------- killed runs
 
 # Imports torch once, then forks a process for each run. A run can be told to kill itself when it is
-# about to open, rename or remove a file of its output directory for the n-th time: these are the
-# only moments that differ for what is left on the disk.
+# about to open, rename or remove a file of its output directory for the n-th time: between these
+# moments, the time of the kill makes no difference to what is left on the disk.
 SERVER = """
 import json, os, signal, sys, torch
 import tests.letters_task, torch.utils.tensorboard, train
@@ -216,7 +216,7 @@ def test_a_killed_run_equals_an_unbroken_one(base_model, unbroken, processes, tm
 
 
 @pytest.mark.slow
-def test_twenty_kills(base_model, processes, tmp_path):
+def test_a_run_killed_twenty_times_equals_an_unbroken_one(base_model, processes, tmp_path):
     longer = ["training.max_steps=60", "training.ckpt_save_interval=1", "training.eval_interval=2"]
     num_files = processes.finish(command(tmp_path / "reference", base_model, *longer))
     arguments, directory = command(tmp_path / "run", base_model, *longer), tmp_path / "run"
@@ -365,7 +365,7 @@ def test_an_unforeseen_error_keeps_its_traceback_and_the_finished_steps(
     assert "step-000002 is saved" in capsys.readouterr().err
 
 
-# Catches: the check of the directory removed, so that the run ends well and names a checkpoint that
+# Catches: the check of the directory removed, so that the run succeeds and names a checkpoint that
 # is gone; config.yaml not written with the checkpoint, so that there is no run to resume.
 @pytest.mark.parametrize(
     ("step", "call"),
@@ -572,8 +572,8 @@ for step in ("4", -4, 4.0, True, None, [4]):
     )
 
 
-# Catches: sizes instead of checksums; complete.json taken for an object without looking; the step
-# not compared with the directory's name.
+# Catches: sizes instead of checksums; complete.json assumed to be an object; the step not compared
+# with the directory's name.
 @pytest.mark.parametrize("kind", [*DAMAGE, *SIGNED_DAMAGE])
 def test_a_damaged_checkpoint_is_skipped_with_one_line(kind, finished_run, tmp_path, capsys):
     checkpoints = shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
@@ -670,7 +670,7 @@ def test_logs_that_lost_their_end_are_cut_to_whole_lines(finished, capsys):
     assert f"{log}, line 1, is not valid JSON" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- what a run may continue
+# ---------------------------------------------------------------- what may be resumed
 
 
 def test_two_runs_cannot_share_a_directory(finished, base_model, tmp_path, capsys):
@@ -1022,7 +1022,7 @@ def test_everything_missing_is_named_with_its_remedy(tmp_path, monkeypatch, caps
 def test_a_model_made_for_something_else_is_noticed(
     change, code, message, base_model, tmp_path, capsys
 ):
-    # Catches: `== made_for["prompt_token_ids"]` -> `!= …`; the two messages exchanged.
+    # Catches: `== made_for["prompt_token_ids"]` -> `!= …`; the two messages swapped.
     model = shutil.copytree(base_model, tmp_path / "model")
     problem = {"numbers": [3, 5, 7], "target": 22}
     tokenizer = Tokenizer.from_pretrained(model)

@@ -9,8 +9,8 @@ in runs/variants/NAME, for plot.py.
 
 The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
 until success on the held-out questions first reaches 90 %, "-" if it never does. Success is only
-measured at evaluations, so training.eval_interval sets how exact this is. Values are means over the
-seeds with the 95 % interval of the mean (Student's t).
+measured at evaluations, so training.eval_interval sets how precise this is. Values are means over
+the seeds with the 95 % interval of the mean (Student's t).
 """
 
 import argparse
