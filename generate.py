@@ -150,8 +150,8 @@ def generate(
             model, prompts, prompt_cache, params, num_answers, uniforms_AG, slots=slots
         )
         while decoder.in_use:
-            row_steps = decoder.decode()
-            progress.update(decoder.refill_slots(), row_steps=row_steps)
+            slot_steps = decoder.decode()
+            progress.update(decoder.refill_slots(), slot_steps=slot_steps)
         return decoder.completions()
 
 

@@ -53,7 +53,7 @@ def main() -> None:
             f"decode {decode:6.2f} s (floor {floors[1]:.2f})  "
             f"{tokens / seconds:7.1f} tokens/s, {sum(floors) / seconds:.0%} of the floor's; "
             f"mean length {tokens / len(lengths):.0f}, "
-            f"decode waste {1 - tokens / progress.counts['row_steps']:.1%}, "
+            f"decode waste {1 - tokens / progress.counts['slot_steps']:.1%}, "
             f"peak memory {peak_gib(args.device):.2f} GiB"
         )
 

@@ -88,11 +88,11 @@ def save_checkpoint(
     optimizer_state = optimizer.state_dict()
     state.optimizer_steps = optimizer_state.pop("steps")
     try:
-        with fails_on_all_ranks(world):
+        with raise_on_all_ranks(world):
             partial.mkdir(parents=True, exist_ok=True)
             state_bytes = world.size * sum(t.nbytes for t in optimizer_state.values())
             _check_room(directory, sum(t.nbytes for t in model.parameters()) + state_bytes)
-        with fails_on_all_ranks(world):
+        with raise_on_all_ranks(world):
             if world.rank == 0:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
@@ -101,7 +101,7 @@ def save_checkpoint(
             _sync(local_file)
             local_sum = checksum(local_file)
         sums = dict(world.all_gather_objects((local_file.name, local_sum)))
-        with fails_on_all_ranks(world):
+        with raise_on_all_ranks(world):
             if world.rank == 0:
                 _complete(partial, final, sums)
     except OSError as error:
@@ -123,7 +123,7 @@ def _optimizer_files(size: int) -> list[str]:
 
 
 @contextmanager
-def fails_on_all_ranks(world: SingleProcess) -> Iterator[None]:
+def raise_on_all_ranks(world: SingleProcess) -> Iterator[None]:
     """If the block raises OSError on any rank, raise it on every rank when all have run it."""
     local_error = None
     try:

@@ -65,8 +65,8 @@ class Progress(NoProgress):
     def update(self, n: int = 0, **counts: int) -> None:
         self.counts.update({self._phase: n})
         self.counts.update(counts)
-        if "row_steps" in counts:  # shows progress on long answers before any has finished
-            self._bar.set_postfix_str(f"{self.counts['row_steps']:,} tokens", refresh=False)
+        if "slot_steps" in counts:  # shows progress on long answers before any has finished
+            self._bar.set_postfix_str(f"{self.counts['slot_steps']:,} tokens", refresh=False)
         self._bar.update(n)
         self.check()
 

@@ -54,7 +54,7 @@ class Plan:
     pinned_bytes: float  # CPU memory for offloaded optimizer state
     cache_bytes: int  # KV cache budget for grpo.rollout
     evaluation_cache_bytes: int  # smaller: an evaluation prefills more prompts at once
-    cache_rows: int  # answers decoded at once; 0 if not even one fits
+    cache_slots: int  # answers decoded at once; 0 if not even one fits
     recompute_layers: int  # for grpo.update_policy
 
     @property
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.cache_rows >= 1 and sum(self.update.values()) <= self.budget
+        return self.cache_slots >= 1 and sum(self.update.values()) <= self.budget
 
     def table(self) -> str:
         columns = [part | {"total": sum(part.values())} for part in (self.rollout, self.update)]
@@ -100,12 +100,12 @@ def _plan(config: Config, shape: Qwen2Config, cards: int, held_out: int, budget:
     training, dtype = config.training, getattr(torch, config.model.dtype)
     questions = math.ceil(training.num_questions_per_batch / cards)
     num_answers = questions * (training.batch_size // training.num_questions_per_batch)
-    rollout, cache_rows = _rollout_parts(config, shape, cards, questions, num_answers, budget)
+    rollout, cache_slots = _rollout_parts(config, shape, cards, questions, num_answers, budget)
     update, recompute_layers = _update_parts(config, shape, cards, budget)
 
     token_bytes = KVCache.bytes_per_token(shape, dtype)
-    row_bytes = token_bytes * (PROMPT_TOKENS + training.max_gen_len)
-    cache_bytes = max(cache_rows, 1) * row_bytes
+    slot_bytes = token_bytes * (PROMPT_TOKENS + training.max_gen_len)
+    cache_bytes = max(cache_slots, 1) * slot_bytes
     more_prompts = max(0, math.ceil(held_out / cards) - questions)
     evaluation_cache_bytes = cache_bytes - more_prompts * token_bytes * PROMPT_TOKENS
     return Plan(
@@ -114,8 +114,8 @@ def _plan(config: Config, shape: Qwen2Config, cards: int, held_out: int, budget:
         budget,
         pinned_bytes=_state_bytes(shape, dtype, cards) if _offloads(config) else 0,
         cache_bytes=cache_bytes,
-        evaluation_cache_bytes=max(row_bytes, evaluation_cache_bytes),
-        cache_rows=cache_rows,
+        evaluation_cache_bytes=max(slot_bytes, evaluation_cache_bytes),
+        cache_slots=cache_slots,
         recompute_layers=recompute_layers,
     )
 
@@ -148,16 +148,16 @@ def _rollout_parts(
         parts["weights, packed for decoding"] = parts["weights"]
 
     # Answers run on for up to CHECK_INTERVAL tokens before the host sees that they have ended.
-    row_bytes = token_bytes * (longest + CHECK_INTERVAL)
+    slot_bytes = token_bytes * (longest + CHECK_INTERVAL)
     # If prompts are shorter than assumed, the same cache holds more answers, with their logits.
-    more_rows = longest / config.training.max_gen_len
-    step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_rows
+    more_slots = longest / config.training.max_gen_len
+    step_bytes = STEP_BUFFERS * 4 * shape.vocab_size * more_slots
     free = budget - sum(parts.values())
-    cache_rows = max(0, min(num_answers, int(free // (row_bytes + step_bytes))))
-    rows = max(cache_rows, 1)
-    parts["decode step"] = rows * step_bytes
-    parts[f"KV cache, {rows} of {num_answers} answers at once"] = rows * row_bytes
-    return parts, cache_rows
+    cache_slots = max(0, min(num_answers, int(free // (slot_bytes + step_bytes))))
+    slots = max(cache_slots, 1)
+    parts["decode step"] = slots * step_bytes
+    parts[f"KV cache, {slots} of {num_answers} answers at once"] = slots * slot_bytes
+    return parts, cache_slots
 
 
 def _update_parts(

@@ -27,8 +27,8 @@ from harness.checkpoint import (
     NotSaved,
     TrainerState,
     checkpoint_path,
-    fails_on_all_ranks,
     find_checkpoint,
+    raise_on_all_ranks,
     save_checkpoint,
 )
 from harness.config import Config, as_yaml, load_config
@@ -54,7 +54,7 @@ FIXED_KEYS = (
 )
 SUCCESS = ("eval/success", "eval/success_low", "eval/success_high", "eval/questions")
 TINY_RUN = "uv run train.py --config config_tiny.yaml"
-UNFORESEEN = 70  # exit code for a bug in this program; Python prints its traceback
+UNEXPECTED = 70  # exit code for a bug in this program; Python prints its traceback
 RECENT_STEPS = 20  # how many steps diagnose() sees, and how many lines are under a heading
 
 
@@ -378,8 +378,8 @@ class Run:
     def _timings(self, step: int, episodes: list[Episode]) -> dict:
         """The line of a step in timings.jsonl. Counts are summed over all ranks."""
         rollout, update = self.latest["rollout"], self.latest["update"]
-        counts = (rollout.counts["row_steps"], update.counts["gradient"])
-        row_steps, tokens_run = map(sum, zip(*self.world.all_gather_objects(counts), strict=True))
+        counts = (rollout.counts["slot_steps"], update.counts["gradient"])
+        slot_steps, tokens_run = map(sum, zip(*self.world.all_gather_objects(counts), strict=True))
         tokens = sum(len(e.response_token_ids) for e in episodes)
         seconds = rollout.seconds + update.seconds  # "all" is the sum of both
         phases = ("prefill", "decode", "reward", "gradient", "optimizer")
@@ -389,7 +389,7 @@ class Run:
             **{f"seconds/{phase}": seconds[phase] for phase in phases},
             "tokens_per_second/rollout": tokens / rollout.seconds["all"],
             "tokens_per_second/update": tokens_run / update.seconds["all"],
-            "decode_waste": 1 - tokens / row_steps,
+            "decode_waste": 1 - tokens / slot_steps,
             "memory/rollout": rollout.peak_bytes / GIB,
             "memory/update": update.peak_bytes / GIB,
         }
@@ -458,7 +458,7 @@ class Run:
 
         Weights that lead to skipped steps may be finite and still bad.
         """
-        with fails_on_all_ranks(self.world):
+        with raise_on_all_ranks(self.world):
             if self.world.rank == 0 and self.lock.is_replaced():
                 raise NotSaved(f"{self.directory} may belong to another run now")
         start, parts = time.perf_counter(), (self.model, self.tokenizer, self.optimizer)
@@ -476,7 +476,7 @@ class Run:
     def __exit__(self, kind, error, traceback) -> bool:
         """Save what can be saved, close everything, and explain the end of the run."""
         message, self.exit_code = self._explain(error)
-        is_foreseen = self.exit_code != UNFORESEEN  # if not, Python prints the traceback
+        is_expected = self.exit_code != UNEXPECTED  # if not, Python prints the traceback
         with self._closing:
             if self.world.size > 1:
                 error = self._tell_other_ranks(error, message)
@@ -487,7 +487,7 @@ class Run:
         if message and (self.world.rank == 0 or is_reporter):
             show = console.show_error if self.exit_code else console.log
             show(message.strip())
-        return is_foreseen
+        return is_expected
 
     def _explain(self, error: BaseException | None) -> tuple[str, int]:
         """The message and the exit code."""
@@ -508,7 +508,7 @@ class Run:
             ), 1
         if isinstance(error, Stopped | OSError | FloatingPointError):
             return f"error: {error}", 1
-        return "", UNFORESEEN
+        return "", UNEXPECTED
 
     def _tell_other_ranks(self, error: BaseException | None, message: str) -> BaseException | None:
         """Make all ranks end together: for the same reason, and only when all have arrived."""

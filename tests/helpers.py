@@ -96,7 +96,7 @@ def episode(
     )
 
 
-class Seen(NoProgress):
+class RecordingProgress(NoProgress):
     """Records what the algorithm reports."""
 
     def __init__(self):

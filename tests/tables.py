@@ -19,7 +19,7 @@ def what_fits_on_one_card() -> str:
         cells = dict.fromkeys(sizes, "no")
         for offload, place in ((True, "CPU"), (False, "GPU")):  # the GPU, if the state fits there
             for size, plan in plans_that_fit("config.yaml", gb, offload).items():
-                cells[size] = f"{place}: {plan.cache_rows} answers, {plan.recompute_layers} layers"
+                cells[size] = f"{place}: {plan.cache_slots} answers, {plan.recompute_layers} layers"
         lines.append(f"| {gb} GB | " + " | ".join(cells[size] for size in sizes) + " |")
     return "\n".join(lines)
 

@@ -85,7 +85,7 @@ def decode(*, finished: list[int], until_pressed: bool = False) -> None:
             while True:
                 for answers in finished:
                     time.sleep(0.15)  # tqdm draws at most every 0.1 s
-                    progress.update(answers, row_steps=1000)
+                    progress.update(answers, slot_steps=1000)
                 if not until_pressed:
                     break
     except InterruptedError:
@@ -122,10 +122,10 @@ def test_progress_counts_units_per_phase_and_times_each_phase():
     progress = console.Progress("update", lambda: checks.append(True), hidden=True)
     with progress.phase("gradient", 9):
         progress.update(5)
-        progress.update(4, row_steps=3)
+        progress.update(4, slot_steps=3)
     with progress.phase("optimizer", 1):
-        progress.update(1, row_steps=4)
-    assert progress.counts == {"gradient": 9, "optimizer": 1, "row_steps": 7}
+        progress.update(1, slot_steps=4)
+    assert progress.counts == {"gradient": 9, "optimizer": 1, "slot_steps": 7}
     assert progress.seconds.keys() == {"gradient", "optimizer"}
     assert len(checks) == 3
 

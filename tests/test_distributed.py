@@ -21,7 +21,7 @@ from harness.checkpoint import read_checkpoint
 from harness.config import load_config
 from harness.plan import find_shape, make_plan
 from optimizer import AdamW
-from tests.helpers import Seen, episode, random_model, random_tokens
+from tests.helpers import RecordingProgress, episode, random_model, random_tokens
 from tests.tables import largest_that_fit
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def run_ranks(size: int, work) -> list:
 # ---------------------------------------------------------------- the same numbers
 
 
-class NanGradient(Seen):
+class NanGradient(RecordingProgress):
     """Makes the gradient of one micro-batch NaN."""
 
     def __init__(self, model):
@@ -71,7 +71,7 @@ def two_steps(world, *, nan_rank: int | None = None) -> dict:
     """Two updates from episodes of uneven lengths."""
     model = random_model()
     optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-4, weight_decay=0.1, world=world)
-    progress = NanGradient(model) if world.rank == nan_rank else Seen()
+    progress = NanGradient(model) if world.rank == nan_rank else RecordingProgress()
     found = {"stats": [], "changed": [], "skipped": []}
     for step in range(2):
         episodes = [
@@ -226,7 +226,7 @@ def test_a_plan_for_several_cards_divides_what_they_share():
     assert one.update["optimizer state"] == 4 * four.update["optimizer state"]
     assert one.update["gradient"] == four.update["gradient"]
     assert one.rollout["prompts"] == 4 * four.rollout["prompts"]
-    assert four.cache_rows == 64
+    assert four.cache_slots == 64
 
 
 # ---------------------------------------------------------------- whole runs, started by torchrun

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CONFIG, Seen, random_model, random_tokens
+from helpers import CONFIG, RecordingProgress, random_model, random_tokens
 
 import generate as module
 from generate import (
@@ -53,7 +53,7 @@ def run(
         num_answers=num_answers,
         generator=torch.Generator().manual_seed(seed),
         cache_bytes=cache_bytes,
-        progress=progress or Seen(),
+        progress=progress or RecordingProgress(),
     )
 
 
@@ -209,7 +209,7 @@ def test_without_stop_ids_only_the_budget_ends_an_answer():
 def test_the_cache_budget_does_not_change_what_is_sampled(slots):
     # Catches: uniform numbers taken by slot; a slot that keeps the length of its former answer;
     # answers_R not moved together with the cache.
-    every, few = Seen(), Seen()
+    every, few = RecordingProgress(), RecordingProgress()
     wanted = run(progress=every)
     budget = slots * SLOT_BYTES + SLOT_BYTES // 2
     got = run(cache_bytes=budget, progress=few)
@@ -217,7 +217,7 @@ def test_the_cache_budget_does_not_change_what_is_sampled(slots):
     assert_same_completions(got, wanted)
     tokens = sum(len(s.token_ids) for s in got)
     assert (
-        few.counts["row_steps"] == every.counts["row_steps"] == tokens
+        few.counts["slot_steps"] == every.counts["slot_steps"] == tokens
     )  # no step for an answer that has ended
 
 
@@ -269,19 +269,19 @@ def test_rare_refills_and_rounded_batches_change_nothing(interval, round_to, slo
     wanted = run()
     monkeypatch.setattr(module, "Decoder", seldom)
     monkeypatch.setattr(module, "round_up_slots", lambda n: -(-n // round_to) * round_to)
-    seen = Seen()
+    seen = RecordingProgress()
     got = run(cache_bytes=slots * SLOT_BYTES, progress=seen)
     assert_same_completions(got, wanted)
-    row_steps = seen.counts["row_steps"]
-    assert sum(len(s.token_ids) for s in got) < row_steps or (interval == 1 and slots == 1)
+    slot_steps = seen.counts["slot_steps"]
+    assert sum(len(s.token_ids) for s in got) < slot_steps or (interval == 1 and slots == 1)
     if slots % round_to == 0:
-        assert row_steps % (interval * round_to) == 0
+        assert slot_steps % (interval * round_to) == 0
 
 
 @pytest.mark.parametrize("slots", [2, 15])
 def test_progress_counts_prompts_and_finished_answers(slots):
     # Catches: `return len(ended) - alive` -> `return len(ended)`.
-    seen = Seen()
+    seen = RecordingProgress()
     run(cache_bytes=slots * SLOT_BYTES, progress=seen)
     assert seen.phases == [("prefill", 5), ("decode", 15)]
     for name, total in seen.phases:

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from helpers import (
-    Seen,
+    RecordingProgress,
     episode,
     random_model,
     random_tokens,
@@ -275,7 +275,7 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before():
 
 def test_progress_counts_each_prompt_once_per_group():
     # Catches: the prompt packed again for every answer.
-    model, seen = random_model(), Seen()
+    model, seen = random_model(), RecordingProgress()
     episodes = [episode(q, [1] * 5, [2] * 3, r) for q in (0, 1) for r in (0.0, 1.0, 1.0)]
     update_policy(
         model, Recorder(model), episodes, max_grad_norm=1.0, skip_unfinished=False, progress=seen
@@ -406,7 +406,7 @@ def test_an_interrupted_update_leaves_nothing_for_the_next():
     model = random_model()
     recorder = Recorder(model)
 
-    class Interrupting(Seen):
+    class Interrupting(RecordingProgress):
         def update(self, n=0, **counts):
             raise KeyboardInterrupt
 
@@ -600,7 +600,7 @@ def test_rollout_scores_every_answer_in_order(tokenizer):
 
 def test_rollout_reports_its_phases(tokenizer):
     # Catches: rewards computed outside their phase.
-    seen = Seen()
+    seen = RecordingProgress()
     questions = [Question("", [1, 2, 3], {})]
     episodes = rollout(
         random_model(),
@@ -614,7 +614,7 @@ def test_rollout_reports_its_phases(tokenizer):
         progress=seen,
     )
     assert seen.phases == [("prefill", 1), ("decode", 5), ("reward", 5)]
-    assert seen.counts["row_steps"] == sum(len(e.response_token_ids) for e in episodes)
+    assert seen.counts["slot_steps"] == sum(len(e.response_token_ids) for e in episodes)
     assert [amount for part, amount in seen.updates if part == "reward"] == [1] * 5
 
 

@@ -143,7 +143,7 @@ def test_the_gradient_takes_the_memory_that_is_planned(answer_len, chunk, tied, 
 
 
 def test_a_plan_uses_its_budget_and_stays_within_it():
-    # Catches: cache_rows rounded up; recompute_layers that never grows; the prompts of the
+    # Catches: cache_slots rounded up; recompute_layers that never grows; the prompts of the
     # evaluation forgotten.
     plans = [
         make_plan(small(f"model.memory_gib={gib}", "training.micro_batch_tokens=4096"), SHAPE)
@@ -152,7 +152,7 @@ def test_a_plan_uses_its_budget_and_stays_within_it():
     for plan in plans:
         assert plan.needed <= plan.budget
         assert plan.evaluation_cache_bytes <= plan.cache_bytes
-    assert plans[0].cache_rows < plans[1].cache_rows <= plans[2].cache_rows == 256
+    assert plans[0].cache_slots < plans[1].cache_slots <= plans[2].cache_slots == 256
     assert plans[0].recompute_layers > plans[1].recompute_layers
     assert plans[2].recompute_layers == 0
 
