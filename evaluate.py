@@ -23,6 +23,7 @@ from types import ModuleType
 
 import torch
 
+import gpu
 from data_types import Episode, Reward
 from generate import SamplingParams, check_length, generate_one, seeded_generator
 from grpo import make_question, rollout
@@ -51,8 +52,10 @@ def main(argv: list[str] | None) -> None:
     config = load_config(known_configs[0], overrides)
     if config.model.device == "cpu":
         cpu.prepare_process()
-    elif reason := why_no_cuda():
-        raise ValueError(f"{reason}, or for the tiny model --config config_tiny.yaml")
+    else:
+        gpu.prepare_process()
+        if reason := why_no_cuda():
+            raise ValueError(f"{reason}, or for the tiny model --config config_tiny.yaml")
     task, training = load_task(config.task), config.training
     reward_function = isolated_reward(
         config.task, timeout=training.reward_timeout, errors=training.reward_errors

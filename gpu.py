@@ -1,5 +1,6 @@
 """What only a GPU needs: CUDA graphs of decode steps, and streamed optimizer state."""
 
+import contextlib
 import gc
 import os
 import warnings
@@ -20,13 +21,13 @@ IN_TRANSIT = 3  # pieces of streamed state on the GPU: one arrives, one is updat
 
 
 def prepare_process() -> None:
-    """Let PyTorch's memory pool grow in place. Call it before CUDA is initialised.
-
-    The large blocks of the update do not fit into the holes that a rollout leaves behind. If the
-    user has configured the allocator, nothing changes.
-    """
+    """Set how PyTorch allocates memory and rounds products. Call it before CUDA is initialised."""
+    # Let the memory pool grow in place: the large blocks of the update do not fit into the holes
+    # that a rollout leaves behind. A setting of the user has priority.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # Otherwise products of few rows may add up partial sums in bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -90,6 +91,7 @@ class GraphedStep:
         except RuntimeError as error:
             GraphedStep.works = False
             self.graphs.clear()
+            self._leave_capture_state()
             reason = str(error.__context__ or error).splitlines()[0]
             warnings.warn(
                 f"a decode step cannot be recorded as a CUDA graph ({reason}); the results stay "
@@ -102,6 +104,17 @@ class GraphedStep:
             if collects_garbage:
                 gc.enable()
         return graph
+
+    def _leave_capture_state(self) -> None:
+        """Tell the allocator that the recording has ended.
+
+        Up to PyTorch 2.11 a recording that fails at its end leaves the allocator in its capture
+        state, and the next attempt to free memory would fail an internal assertion.
+        """
+        device = torch.cuda.current_device()
+        for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(RuntimeError):  # newer versions have done it already
+                leave(device, self.pool)
 
 
 class StreamedState:

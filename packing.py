@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_types import Episode
@@ -146,7 +145,7 @@ def packed_attention(
     layouts, offset = [], 0
     order_S = torch.empty(len(micro_batch.tokens_S), dtype=torch.long)
     for batch in batches.values():
-        queries_GQ, keys_GC, visible_GQC, is_real_GQ = _pad_segments(batch)
+        queries_GQ, keys_GC, visible_GQC, is_real_GQ = _pad_segments(batch, len(order_S))
         bias_GQC = torch.zeros(visible_GQC.shape, dtype=dtype, device=device)
         bias_GQC.masked_fill_(~visible_GQC.to(device), -torch.inf)
         bias_G1XC = bias_GQC.repeat(1, heads_per_key, 1)[:, None]  # X = R * Q
@@ -168,21 +167,24 @@ def packed_attention(
     return attention
 
 
-def _pad_segments(segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay segments side by side, padded to the longest.
+def _pad_segments(segments: list[Segment], total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay segments of a micro-batch of `total` tokens side by side, padded to the longest.
 
     Returns the positions in the micro-batch of the queries (G, Q) and of the keys (G, C), which
     keys each query sees (G, Q, C), and which queries are real (G, Q).
     """
     start_G1, length_G1, prompt_start_G1, prompt_length_G1 = torch.tensor(segments).T[:, :, None]
-    steps_Q = torch.arange(int(length_G1.max()))
-    steps_L = torch.arange(int(prompt_length_G1.max()))
-    # Padding repeats the last token of the segment; its results are never read.
-    queries_GQ = start_G1 + steps_Q.minimum(length_G1 - 1)
-    prompt_GL = prompt_start_G1 + steps_L.minimum((prompt_length_G1 - 1).clamp(min=0))
-    sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, len(steps_Q), -1)
-    sees_own_GQQ = (steps_Q <= steps_Q[:, None]).expand(len(segments), -1, -1)
-    padding = -(len(steps_L) + len(steps_Q)) % KEY_MULTIPLE
-    keys_GC = F.pad(torch.cat((prompt_GL, queries_GQ), dim=1), (0, padding))
-    visible_GQC = F.pad(torch.cat((sees_prompt_GQL, sees_own_GQQ), dim=2), (0, padding))
+    Q, L = int(length_G1.max()), int(prompt_length_G1.max())
+    C = -(-(L + Q) // KEY_MULTIPLE) * KEY_MULTIPLE
+    steps_Q, steps_L, steps_K = torch.arange(Q), torch.arange(L), torch.arange(C - L)
+    # Padding takes the tokens that follow. No query sees them and nobody reads their results. To
+    # repeat one token instead would be slow: the backward pass of an index on a GPU adds up equal
+    # indices one after another.
+    queries_GQ = (start_G1 + steps_Q) % total
+    prompt_keys_GL = (prompt_start_G1 + steps_L) % total
+    own_keys_GK = (start_G1 + steps_K) % total
+    sees_prompt_GQL = (steps_L < prompt_length_G1)[:, None].expand(-1, Q, -1)
+    sees_own_GQK = (steps_K <= steps_Q[:, None]).expand(len(segments), -1, -1)
+    keys_GC = torch.cat((prompt_keys_GL, own_keys_GK), dim=1)
+    visible_GQC = torch.cat((sees_prompt_GQL, sees_own_GQK), dim=2)
     return queries_GQ, keys_GC, visible_GQC, steps_Q < length_G1

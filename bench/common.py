@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gpu
 from bench import synthetic
 from harness import console, cpu
 from harness.plan import PUBLISHED, find_shape, num_weights
@@ -51,6 +52,8 @@ def work_parser() -> argparse.ArgumentParser:
 def random_model(args: argparse.Namespace) -> Transformer:
     if args.device == "cpu":
         cpu.prepare_process()
+    else:
+        gpu.prepare_process()
     shape = named_shape(args.shape)
     shape = replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers)
     return synthetic.random_model(shape, device=args.device, dtype=getattr(torch, args.dtype))

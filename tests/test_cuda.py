@@ -216,9 +216,21 @@ def test_only_the_last_few_graphs_are_kept(emulated_cuda, monkeypatch):
 
 def test_a_step_that_cannot_be_recorded_runs_directly_after_one_warning(emulated_cuda, monkeypatch):
     # Catches: the exception not caught; the cache's length not taken back; the garbage collector
-    # left off; a warning for every shape.
+    # left off; a warning for every shape; an allocator that is left in its capture state.
     wanted = sample()
     emulated_cuda()
+    left = []
+
+    def leave(name):
+        def function(device, pool):
+            left.append(name)
+            raise RuntimeError("the pool is not in use")  # as versions that have left it already
+
+        return function
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, leave(name), raising=False)
 
     @contextmanager
     def full(graph, pool):
@@ -235,6 +247,7 @@ def test_a_step_that_cannot_be_recorded_runs_directly_after_one_warning(emulated
     assert "CUDA error: out of memory" in message
     assert "model.memory_gib" in message
     assert gc.isenabled()
+    assert left == ["_cuda_endAllocateToPool", "_cuda_releasePool"]
 
 
 def test_slots_are_rounded_up_to_a_few_sizes():
@@ -375,6 +388,17 @@ def test_the_allocator_setting_reaches_pytorch_after_its_import():
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "expandable_segments:True"
+
+
+def test_cudnn_attention_is_off_and_bf16_sums_are_float32():
+    # Catches: either setting dropped. cuDNN would build a plan for every new shape.
+    source = "import torch, evaluate, gpu; gpu.prepare_process(); "
+    source += "print(torch.backends.cuda.cudnn_sdp_enabled(), "
+    source += "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)"
+    result = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False False"
 
 
 @pytest.mark.parametrize(

@@ -497,6 +497,15 @@ def test_token_logprobs_pass_gradcheck(chunk_tokens, monkeypatch):
     torch.testing.assert_close(chunked_logprobs(hidden_PE, head_VE), wanted_P)
 
 
+def test_large_chunks_are_multiples_of_128_tokens(monkeypatch):
+    # Catches: a chunk of 263 tokens, for which a GPU computes three tiles of 128.
+    monkeypatch.setitem(grpo.LOGIT_CHUNK_BYTES, "cpu", 263 * 4 * 13)
+    head_VE = torch.empty(13, 5)
+    assert [c.stop - c.start for c in grpo._chunks(600, head_VE)] == [256, 256, 88]
+    first = next(grpo._chunks(600, torch.empty(40, 5)))
+    assert first == slice(0, 85)
+
+
 def test_token_logprobs_are_an_ordinary_expression():
     # Catches: a gradient that is computed in forward, or added to .grad on the side.
     weight_P = torch.linspace(-2, 3, 7, dtype=torch.float64)

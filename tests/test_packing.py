@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_types import Episode
-from packing import pack_micro_batches, packed_attention
+from packing import _pad_segments, pack_micro_batches, packed_attention
 
 H, K, D = 10, 2, 6
 SHAPE = replace(CONFIG, num_attention_heads=H, num_key_value_heads=K)
@@ -219,7 +219,7 @@ def test_masks_are_aligned_for_attention_kernels():
     (micro_batch,) = pack_micro_batches(answers, 999)
     keys = []
     with patch(
-        "packing.F.scaled_dot_product_attention",
+        "torch.nn.functional.scaled_dot_product_attention",
         lambda q, k, v, attn_mask: keys.append(attn_mask.shape[-1]) or q,
     ):
         packed_attention(micro_batch, SHAPE, torch.float64)(
@@ -227,6 +227,19 @@ def test_masks_are_aligned_for_attention_kernels():
         )
     assert keys
     assert all(count % 16 == 0 for count in keys)
+
+
+def test_padding_repeats_no_token():
+    # Catches: padding with one token again and again, whose gradient a GPU adds up one by one.
+    answers = make_batch([(40, [1] + [2, 3] * 50), (3, [2, 3])])
+    (micro_batch,) = pack_micro_batches(answers, 999)
+    total = len(micro_batch.tokens_S)
+    short = [segment for segment in micro_batch.segments if segment.length in (2, 3)]
+    queries_GQ, keys_GC, _, _ = _pad_segments(short, total)
+    assert all(len(set(row)) == len(row) for row in queries_GQ.tolist())
+    assert all(max(Counter(row).values()) <= 2 for row in keys_GC.tolist())  # prompt and own
+    padding_G = keys_GC[:, -1]
+    assert max(Counter(padding_G.tolist()).values()) <= 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
