@@ -16,6 +16,7 @@ from tqdm import tqdm
 from data_types import NoProgress
 
 UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step"}
+MAX_MESSAGE = 10_000  # characters
 COLUMNS = {  # column: (metric, format); all of them fit into 80 characters
     "step": ("step", "{:>5d}"),
     "reward": ("reward", "{:6.3f}"),
@@ -115,9 +116,12 @@ def log(text: str = "") -> None:
 def show_error(text: str) -> None:
     """Print the program's last message to stderr, even if the output is no longer read.
 
-    A closed pipe (`train.py | head`) is replaced by the null device. Otherwise Python would
-    report a second error when it flushes the stream at exit.
+    A message that quotes something huge is cut. A closed pipe (`train.py | head`) is replaced by
+    the null device. Otherwise Python would report a second error when it flushes the stream at
+    exit.
     """
+    if len(text) > MAX_MESSAGE:
+        text = text[:MAX_MESSAGE] + " …"
     for stream, message in ((sys.stdout, ""), (sys.stderr, printable(text) + "\n")):
         try:
             stream.write(message)

@@ -143,6 +143,12 @@ def test_peak_memory_is_in_bytes(monkeypatch):
         assert console.peak_bytes("cpu") == expected
 
 
+# Catches: the limit dropped.
+def test_an_error_that_quotes_something_huge_is_cut(capsys):
+    console.show_error("error: " + "[" * 10**6)
+    assert len(capsys.readouterr().err) < 11_000
+
+
 # Catches: printable left out of log or show_error.
 def test_printed_text_cannot_control_the_terminal(capsys):
     text, expected = "a\x1b[2J\u202e\udcff\nb", "a\\x1b[2J\\u202e\\udcff\nb\n"
