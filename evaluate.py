@@ -96,6 +96,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         raise ValueError(f"{len(paths)} models were given; wanted {wanted}")
     if not scores and (options.json or options.samples != 1):
         raise ValueError("--samples and --json need held-out questions; leave out --ask and --show")
+    if not options.show and (options.step is not None or options.kind is not None):
+        raise ValueError("--step and --kind select samples of a run; add --show")
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples}: wanted at least 1")
     if not 0 <= options.temperature < math.inf:

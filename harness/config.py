@@ -208,4 +208,7 @@ def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
     for known in sorted(fields, key=lambda known: known.startswith(f"{section}.")):
         by_name[known.rpartition(".")[2]] = known
     nearest = difflib.get_close_matches(name, by_name, n=1)
+    if section == "data" and not (nearest and by_name[nearest[0]].startswith("data.")):
+        known = ", ".join(key for key in fields if key.startswith("data."))
+        return f"the task declares the keys of this section: {known}"
     return f"did you mean {by_name[nearest[0]]}?" if nearest else "config.yaml shows every key"

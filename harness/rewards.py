@@ -93,8 +93,8 @@ def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence
     for kind, problems in (("training", train), ("held-out", test)):
         if not sizes[kind]:
             raise ValueError(
-                f"task={task.__name__!r} has no {kind} problems; give it more data or change "
-                "data.test_size"
+                f"task={task.__name__!r} has {sizes['training']} training and {sizes['held-out']} "
+                "held-out problems, and needs both; give it more data or change data.test_size"
             )
         try:
             inspect.signature(task.reward_function).bind("the response", **problems[0])

@@ -322,3 +322,9 @@ def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path / "nowhere.yaml", tmp_path / "a.yaml"):
         with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
             load_config(path)
+
+
+def test_an_unknown_key_of_the_task_names_the_keys_that_the_task_has():
+    # Catches: a suggestion from another section. config.yaml does not show the keys of all tasks.
+    with pytest.raises(ValueError, match=r"declares the keys of this section: data\.path, "):
+        load_config(ROOT / "config_tiny.yaml", ["task=examples.gsm8k_task"])

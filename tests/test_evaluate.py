@@ -221,7 +221,7 @@ def load_problems(data):
             TASK.replace("range(data.test_size)", "()"),
             "test_size",
             2,
-            "no held-out problems",
+            "0 held-out problems",
         ),
         ("other_keys", TASK.replace("numbers):", "x):"), "test_size", 2, "cannot be called"),
         ("own_data", TASK + DATA, "count", 0, "3 held-out questions"),

@@ -112,8 +112,8 @@ def task_of(loaded, reward_function=lambda response, key: Reward(1.0, {})) -> Si
 @pytest.mark.parametrize(
     ("train", "test", "expected"),
     [
-        ([], [{"key": 1}], ["has no training problems"]),
-        ([{"key": 1}], [], ["has no held-out problems"]),
+        ([], [{"key": 1}], ["has 0 training and 1 held-out problems"]),
+        ([{"key": 1}], [], ["has 1 training and 0 held-out problems"]),
         (
             [{"key": 1, "response": "x"}],
             [{"key": 1}],
