@@ -291,7 +291,8 @@ def test_a_task_declares_the_keys_of_data(tmp_path, monkeypatch):
     assert faults(path, "task=task_with_keys", "data.languages=[]") == ["data: no language"]
     assert faults(path, "task=task_without_keys", "data.path=x", "data.tset_size=3") == [
         "config key data.test_size is missing; config.yaml shows every key and its meaning",
-        "unknown config key data.languages; config.yaml shows every key",
+        "unknown config key data.languages; the task declares the keys of this section: "
+        "data.path, data.test_size",
         "unknown config key data.tset_size; did you mean data.test_size?",
     ]
 
