@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 REMEDY = "fetch the model again"
 MAX_TEXT_BYTES, MAX_DATA_BYTES = 200 * 1000**2, 10**9
 MAX_SHARD_BYTES = 5 * 1000**3  # the shard size of published models
@@ -117,26 +118,41 @@ def write_config(path: Path, fields: dict[str, Any], dtype: torch.dtype) -> None
 def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
     """Tensor name -> the file that holds it. Checks names and shapes; reads no values.
 
-    Some tied checkpoints store a copy of the embedding as lm_head.weight; if `shapes` does not list
-    it, it is ignored. Raises FileNotFoundError for a missing file, or ValueError naming what is
-    damaged, missing, unexpected or of another shape.
+    Ignores what published files may hold beside the weights: rotary frequencies and, if the head is
+    tied, a copy of the embedding as lm_head.weight. Raises FileNotFoundError for a missing file, or
+    ValueError naming what is damaged, missing, unexpected or of another shape.
     """
     files, found = {}, {}
     for file in _weight_files(directory):
         for name, tensor in read_tensors(file):
-            if name in shapes or name != "lm_head.weight":
+            if not name.endswith("rotary_emb.inv_freq"):
                 files[name], found[name] = file, tuple(tensor.shape)
-    problems = [f"missing {name}" for name in shapes.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - shapes.keys()]
-    for name in found.keys() & shapes.keys():
+    if HEAD in files and HEAD not in shapes:
+        _check_copy(directory, files)
+        del files[HEAD], found[HEAD]
+    missing = [f"missing {name}" for name in sorted(shapes.keys() - found.keys())]
+    unexpected = [f"unexpected {name}" for name in sorted(found.keys() - shapes.keys())]
+    misshapen = []
+    for name in sorted(found.keys() & shapes.keys()):
         if found[name] != shapes[name]:
-            problems.append(f"{name} has shape {found[name]}, config.json implies {shapes[name]}")
-    if problems:
-        listed = "; ".join(sorted(problems)[:5])
+            misshapen.append(f"{name} has shape {found[name]}, config.json implies {shapes[name]}")
+    if problems := missing + unexpected + misshapen:
+        listed = "; ".join(missing[:3] + unexpected[:3] + misshapen[:3])
         raise ValueError(
             f"{directory}: {len(problems)} tensors do not match config.json: {listed}; {REMEDY}"
         )
     return files
+
+
+def _check_copy(directory: Path, files: dict[str, Path]) -> None:
+    """Raises ValueError if a tied checkpoint holds a head of its own, which would be lost."""
+    head_VE = dict(read_tensors(files[HEAD]))[HEAD]
+    embedding_VE = dict(read_tensors(files[EMBEDDING]))[EMBEDDING] if EMBEDDING in files else None
+    if embedding_VE is None or not torch.equal(head_VE, embedding_VE):
+        raise ValueError(
+            f"{directory}: config.json ties the head to the embedding, but {HEAD} is not a copy of "
+            f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or {REMEDY}"
+        )
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -150,6 +166,12 @@ def _weight_files(directory: Path) -> list[Path]:
             if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{index}: {name!r:.100} is not the name of a file; {REMEDY}")
         names = set(weight_map.values())
+        single = directory / "model.safetensors"
+        if single.exists() and single.name not in names:
+            raise ValueError(
+                f"{directory} has both {single.name} and {index.name} with other files; remove the "
+                "ones that do not belong to this model"
+            )
     files = [directory / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
@@ -202,8 +224,11 @@ def write_weights(directory: Path, weights: dict[str, Tensor]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file. Raises OSError if it cannot be written."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; the library would make the file private
     try:
         save_file(on_cpu, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from None
 
@@ -305,6 +330,8 @@ def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> Rows:
     import pyarrow.parquet as pq
 
     files = sorted((path / "data").glob("*.parquet"))
+    # With several splits beside each other, the test split must not be trained on.
+    files = [file for file in files if file.name.startswith("train")] or files
     if not files:
         problem = "has no data/*.parquet" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {problem}; {remedy}")

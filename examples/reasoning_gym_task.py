@@ -20,12 +20,10 @@ from data_types import Reward
 from tokenizer import Tokenizer
 
 SYSTEM_MESSAGE = (
-    "Think briefly, step by step. "
-    "Then write the final answer, and nothing else, between <answer> and </answer>."
+    "Think briefly, step by step. Then write the final answer between <answer> and </answer>."
 )
-REMINDER = "Write the final answer between <answer> and </answer>."
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-SOLVED = 0.99  # some verifiers give partial credit below 1
+SOLVED = 0.99  # below: partial credit, which a policy would learn to collect instead of solving
 
 
 class Data(BaseModel, extra="allow", frozen=True):
@@ -109,13 +107,13 @@ def _create_dataset(data: Data, *, seed: int, size: int) -> Any:
 def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
     messages = [
         {"role": "system", "content": SYSTEM_MESSAGE},
-        {"role": "user", "content": f"{problem['entry']['question']}\n{REMINDER}"},
+        {"role": "user", "content": f"{problem['entry']['question']}\n{SYSTEM_MESSAGE}"},
     ]
     return tokenizer.render_chat(messages)
 
 
 def reward_function(response: str, dataset: str, entry: dict[str, Any]) -> Reward:
-    """The verifier's score of the last <answer>…</answer>, plus 0.1 for the format.
+    """1 if the verifier accepts the last <answer>…</answer>, plus 0.1 for the format.
 
     The format is right if there is exactly one such block and the response ends with it.
     """
@@ -127,4 +125,4 @@ def reward_function(response: str, dataset: str, entry: dict[str, Any]) -> Rewar
         score = float(verifier(answers[-1].strip(), entry))
     solved, answered = float(score >= SOLVED), float(bool(answers))
     parts = {"format": well_formed, "answered": answered, "answer": solved}
-    return Reward(score + 0.1 * well_formed, parts)
+    return Reward(solved + 0.1 * well_formed, parts)

@@ -13,7 +13,13 @@ from harness.config import Config, as_yaml, load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "config_tiny.yaml"
-SHIPPED = ("config.yaml", "config_24GB.yaml", "config_tiny.yaml", "examples/config_gsm8k.yaml")
+SHIPPED = (
+    "config.yaml",
+    "config_24GB.yaml",
+    "config_cpu.yaml",
+    "config_tiny.yaml",
+    "examples/config_gsm8k.yaml",
+)
 GENERATED = {"num_numbers", "max_number", "min_target", "max_target", "synthetic_seed"}
 
 

@@ -107,6 +107,45 @@ def test_a_tied_checkpoint_may_contain_its_embedding_twice(tmp_path):
     assert_same_logits(tmp_path, model)
 
 
+def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path):
+    # Catches: the copy not compared, so that a trained head is dropped without a word.
+    model = random_model(tied=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors | {"lm_head.weight": other}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"ties the head .* set tie_word_embeddings to false"):
+        Transformer.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+
+
+def test_a_single_file_beside_an_index_of_other_files_is_refused(tmp_path, monkeypatch):
+    # Catches: one of the two chosen without a word.
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    single = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(published_format, "MAX_SHARD_BYTES", 30_000)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(single)
+    with pytest.raises(ValueError, match=r"has both model.safetensors and model.safetensors.index"):
+        Transformer.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+
+
+def test_rotary_frequencies_in_a_checkpoint_are_ignored(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    assert_same_logits(tmp_path, model)
+
+
+def test_saved_files_have_the_mode_of_the_umask(tmp_path):
+    # Catches: chmod dropped; the library alone makes the weights readable by their owner only.
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 # --- configs
 
 
