@@ -738,6 +738,14 @@ def test_what_is_wrong_with_a_jsonl_file_is_named(tmp_path, text, test_size, exp
     assert [part for part in [str(path), *expected] if part not in str(caught.value)] == []
 
 
+def test_rows_of_a_test_split_are_not_trained_on(tmp_path):
+    # Catches: all parquet files of a dataset put together.
+    write_parquet(tmp_path, "train-0.parquet", {"nums": [[1, 2], [3, 4]], "target": [3, 7]})
+    write_parquet(tmp_path, "test-0.parquet", {"nums": [[5, 6], [7, 8]], "target": [11, 15]})
+    train, test = load_problems(data_config(tmp_path, test_size=1))
+    assert [*train, *test] == [{"numbers": [1, 2], "target": 3}, {"numbers": [3, 4], "target": 7}]
+
+
 def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path):
     columns = {
         "columns": {"numbers": [[1, 2]], "target": [3]},
