@@ -4,12 +4,13 @@
 2. Compare the answers to a question with each other: the advantage of an answer is its reward minus
    the mean of its group, divided by the standard deviation of the group (group_advantages). The
    group takes the place of a value network.
-3. Raise log π of each token in proportion to the advantage of its answer (update_policy).
+3. Push log π of each token up or down in proportion to the advantage of its answer
+   (update_policy).
 
 Departures from the paper:
 1. One step per batch, so the policy that is trained is the policy that sampled. The importance
-   ratio is 1, its gradient is that of log π, and there is nothing to clip. Sampler and trainer
-   differ only by rounding, and each step measures how much (UpdateStats.logprob_diff_mean).
+   ratio is 1 and its gradient is that of log π, so a clipped ratio would change nothing. Sampler
+   and trainer differ only by rounding; each step measures how much (logprob_diff_mean).
 2. No KL term and no reference model; DAPO (arXiv:2503.14476) has none either. The reward is a rule,
    which is harder to exploit than a learned reward model.
 3. Every response token of the batch has the same weight, as in DAPO's token-level loss. With a mean
@@ -17,9 +18,9 @@ Departures from the paper:
 4. Answers that were cut off by the length budget can be left out of the loss, as in DAPO's overlong
    filtering. They still count in the mean and the standard deviation of their group.
 
-An episode is one answer with its reward. A micro-batch is a sequence of prompts and answers in
-which each token attends only to itself and to what precedes it in its own prompt and answer
-(packing.py).
+An episode is one answer with its reward. A micro-batch joins prompts and answers into one sequence,
+in which the answers to a question share its prompt: a prompt token sees its own prompt so far, an
+answer token sees its prompt and its own answer so far (packing.py).
 
 Dimension key: N questions, M answers per question, S tokens of a micro-batch, P response tokens of
                a micro-batch, C response tokens of a chunk, E hidden size, V rows of the head (more
@@ -97,8 +98,8 @@ def rollout(
     Answer j to question i is episode i * num_answers + j and has question_id i. An answer may take
     max_gen_len tokens, whatever the length of its prompt; an answer cut off at that length is
     scored as it is. Each rank works on its shard of the questions, and all ranks return all
-    episodes. cache_bytes is the memory for the KV cache. Neither it nor the number of ranks changes
-    which random number a token gets.
+    episodes. cache_bytes is the memory for the KV cache. Each token gets the same random number
+    whatever the number of ranks and the memory.
 
     Raises ValueError, naming the question, if a prompt leaves no room for an answer.
     """
@@ -300,14 +301,16 @@ def update_policy(
 
     loss = - sum_ij m_ij A_ij sum_t log π(a_ij[t]) / sum_ij m_ij |a_ij|
 
-    A_ij is the advantage of answer a_ij (group_advantages). m_ij is 0 for an unfinished answer if
-    skip_unfinished is set, else 1. The denominator counts the whole batch, so micro-batching does
-    not reweight tokens. Answers with advantage 0 count in it but need no forward pass. Temperature
-    and vocab_size are those of the rollout.
+    A_ij is the advantage of answer a_ij (group_advantages) and |a_ij| its length, including the
+    stop token. m_ij is 0 for an unfinished answer if skip_unfinished is set, else 1. The
+    denominator counts the kept tokens of the whole batch, so micro-batching does not reweight them.
+    Answers with advantage 0 count in it but need no forward pass. Temperature and vocab_size are
+    those of the rollout.
 
-    The step is skipped, and UpdateStats.skipped says why, if no answer is kept, if every kept
-    advantage or the gradient is 0, or if a value is not finite; broken_questions then lists the
-    suspects. If progress.update raises (Ctrl-C), weights and optimizer state are unchanged.
+    The step is skipped, and UpdateStats.skipped says why, if no answer is kept, every kept
+    advantage is 0, the gradient is 0, or a value is not finite. For a value that is not finite,
+    broken_questions lists the suspects. If progress.update raises (Ctrl-C), weights and optimizer
+    state are unchanged.
 
     With several ranks, each runs its share of the micro-batches. The gradients are summed across
     ranks, so every rank sees the same loss and norm and takes the same decision.

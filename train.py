@@ -5,14 +5,14 @@
 grpo.py has the algorithm and its equations; this is the loop.
 
 `run` (harness/run.py) takes care of everything around it: it locks the output directory, writes
-logs and checkpoints, and loads the task that the config names. If a signal asks the program to
-stop, progress.update raises an exception inside the `with` block, and `run` saves a checkpoint and
-sets the exit code.
+logs and checkpoints, and loads the task that the config names. After a stop signal, the next
+progress.update raises an exception, which leaves the block `with Run()`; `run` then saves a
+checkpoint and sets the exit code.
 
 A resumed run loads its last good checkpoint, truncates its logs to that step and repeats everything
-after it, including an evaluation that followed the checkpoint. On a CPU its results equal those of
-an uninterrupted run bit for bit, because each random number follows from the seed, its purpose and
-the step.
+after it, including an evaluation that followed the checkpoint. The seed, the purpose of a draw and
+the step determine each random number, so on a CPU its results equal those of an uninterrupted run
+bit for bit.
 """
 
 import sys
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                     world=run.world,
                     progress=progress,
                 )
-            # The learning rate rises linearly during the warm-up and is constant afterwards.
+            # A linear warm-up, then a constant learning rate.
             warmup = min(1.0, step / max(1, training.warmup_steps))
             optimizer.lr = training.learning_rate * warmup
             with run.progress("update") as progress:
