@@ -7,6 +7,7 @@ are parameters of that task. Problems are generated from seeds and scored by the
 own verifier.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ def reasoning_gym() -> ModuleType:
             "`uv sync --group gym`, or start the program with `uv run --group gym`"
         ) from None
     return reasoning_gym
+
+
+# Import it now if it is there. The process that scores answers starts from the imported task, and
+# the package takes seconds to import, longer than training.reward_timeout may allow.
+with contextlib.suppress(ValueError):
+    reasoning_gym()
 
 
 class Problems(Sequence):
