@@ -16,7 +16,6 @@ TINY = ROOT / "config_tiny.yaml"
 SHIPPED = (
     "config.yaml",
     "config_24GB.yaml",
-    "config_cpu.yaml",
     "config_tiny.yaml",
     "examples/config_gsm8k.yaml",
 )

@@ -90,8 +90,14 @@ def test_a_wrong_setting_is_named(changes, message):
         task.load_problems(make_data(**changes))
 
 
+def test_the_config_for_a_cpu_loads_without_the_package():
+    config = load_config(ROOT / "config_cpu.yaml")
+    assert config.data.dataset == "chain_sum"
+    assert config.data.model_extra["max_digits"] == 2
+
+
 @needs_package
-def test_the_config_for_a_cpu_is_complete():
+def test_the_config_for_a_cpu_gives_problems():
     config = load_config(ROOT / "config_cpu.yaml")
     train, test = task.load_problems(config.data)
     assert len(test) == config.data.test_size

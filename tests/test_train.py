@@ -919,7 +919,7 @@ MODEL_DAMAGE = {
     "wrong shape": (lambda p: edit_weights(p, lambda t: t.update({NORM: torch.zeros(3)})), NORM),
     "missing shard": (
         lambda p: (p / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-2.safetensors"}}'
+            '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
         ),
         "model-2.safetensors",
     ),
