@@ -146,9 +146,12 @@ def find_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[st
 
 def _check_copy(directory: Path, files: dict[str, Path]) -> None:
     """Raises ValueError if a tied checkpoint holds a head of its own, which would be lost."""
-    head_VE = dict(read_tensors(files[HEAD]))[HEAD]
-    embedding_VE = dict(read_tensors(files[EMBEDDING]))[EMBEDDING] if EMBEDDING in files else None
-    if embedding_VE is None or not torch.equal(head_VE, embedding_VE):
+    found = {}
+    for file in {files[name] for name in (HEAD, EMBEDDING) if name in files}:
+        for name, tensor in read_tensors(file):
+            if name in (HEAD, EMBEDDING):
+                found[name] = tensor
+    if EMBEDDING not in found or not torch.equal(found[HEAD], found[EMBEDDING]):
         raise ValueError(
             f"{directory}: config.json ties the head to the embedding, but {HEAD} is not a copy of "
             f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or {REMEDY}"

@@ -10,6 +10,7 @@ import numpy as np
 from data_types import Episode, UpdateStats
 
 MISMATCH = 0.1  # nats per token; rounding in bfloat16 alone stays well below
+RECENT_STEPS = 20  # how many steps diagnose() sees at most
 UNCOUNTED = (
     'no reward has a part "answer", so success cannot be counted and is shown as "-" or 0 %: '
     'let the task return Reward(total, {"answer": 1.0}) for a correct answer, else 0.0'
@@ -86,13 +87,13 @@ def answer_record(episode: Episode) -> dict:
 
 
 def diagnose(recent: list[dict[str, float]]) -> set[str]:
-    """Warnings, with advice. recent: the metrics of the last twenty steps at most, newest last."""
+    """Warnings, with advice. recent: metrics of at most RECENT_STEPS steps, newest last."""
     found, newest = set(), recent[-1]
-    if len(recent) == 20 and all(m["frac_reward_zero_std"] == 1 for m in recent):
+    if len(recent) == RECENT_STEPS and all(m["frac_reward_zero_std"] == 1 for m in recent):
         found.add(
-            "for 20 steps all answers to each question had equal rewards, so nothing was learned: "
-            "the task is too easy or too hard for this model, or the groups are too small; look at "
-            "samples.jsonl, and try a larger training.batch_size"
+            f"for {RECENT_STEPS} steps all answers to each question had equal rewards, so nothing "
+            "was learned: the task is too easy or too hard for this model, or the groups are too "
+            "small; look at samples.jsonl, and try a larger training.batch_size"
         )
     if not newest.keys() & {"rewards/answer", "rewards/error"}:
         found.add(UNCOUNTED)

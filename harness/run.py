@@ -35,7 +35,7 @@ from harness.config import Config, as_yaml, load_config
 from harness.cuda import check_cuda, is_out_of_memory, why_no_cuda
 from harness.distributed import RankFailure, RankLost, Torchrun
 from harness.log import RunLog
-from harness.metrics import diagnose, evaluation_metrics, pick_samples, step_metrics
+from harness.metrics import RECENT_STEPS, diagnose, evaluation_metrics, pick_samples, step_metrics
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.rewards import isolated_reward, load_problems, load_task
 from optimizer import AdamW
@@ -55,7 +55,6 @@ FIXED_KEYS = (
 SUCCESS = ("eval/success", "eval/success_low", "eval/success_high", "eval/questions")
 TINY_RUN = "uv run train.py --config config_tiny.yaml"
 UNEXPECTED = 70  # exit code for a bug in this program; Python prints its traceback
-RECENT_STEPS = 20  # how many steps diagnose() sees, and how many lines are under a heading
 
 
 class Finished(Exception):
