@@ -46,7 +46,9 @@ SYNTHETIC_TRAIN_SIZE = 500_000  # about the size of the published dataset
 def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
     user = USER_TEMPLATE.format(numbers=problem["numbers"], target=problem["target"])
     messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": user}]
-    return tokenizer.render_chat(messages) + RESPONSE_PREFIX
+    chat = tokenizer.render_chat(messages)
+    # The templates of some reasoning models open the thinking themselves.
+    return chat if chat.rstrip().endswith("<think>") else chat + RESPONSE_PREFIX
 
 
 def parse_question(text: str) -> dict[str, Any]:

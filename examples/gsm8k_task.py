@@ -48,7 +48,9 @@ def load_problems(data) -> tuple[list[dict], list[dict]]:
 
 def render_prompt(problem: dict, tokenizer) -> str:
     messages = [{"role": "user", "content": INSTRUCTION.format(question=problem["question"])}]
-    return tokenizer.render_chat(messages) + RESPONSE_PREFIX
+    chat = tokenizer.render_chat(messages)
+    # The templates of some reasoning models open the thinking themselves.
+    return chat if chat.rstrip().endswith("<think>") else chat + RESPONSE_PREFIX
 
 
 def reward_function(response: str, question: str, number: Decimal) -> Reward:

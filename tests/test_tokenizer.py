@@ -12,7 +12,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
+import countdown_task
 from countdown_task import RESPONSE_PREFIX, SYSTEM_MESSAGE, render_prompt
+from examples import gsm8k_task
 from published_format import write_config
 from tokenizer import FILES, Tokenizer
 from warm_start import make_tokenizer
@@ -187,6 +189,20 @@ def test_a_small_tokenizer_encodes_decodes_and_renders(tmp_path):
     assert tokenizer.vocab_size == 259
     assert tokenizer.render_chat(MESSAGES) == "[system:calm][user:hi][assistant:"
     assert Tokenizer.from_pretrained(str(tmp_path)).encode("hi") == tokenizer.encode("hi")
+
+
+@pytest.mark.parametrize(
+    ("render", "problem"),
+    [
+        (countdown_task.render_prompt, {"numbers": [3, 5], "target": 8}),
+        (gsm8k_task.render_prompt, {"question": "How many?"}),
+    ],
+)
+def test_a_template_that_opens_the_thinking_is_not_opened_again(tmp_path, render, problem):
+    template = "{{ messages[-1].content }}<assistant><think>\n"  # as in the R1 distillations
+    prompt = render(problem, load(tmp_path, chat_template=template))
+    _, answer = prompt.split("<assistant>")
+    assert answer.strip() == "<think>"
 
 
 STOPS = {  # generation_config.json, changes of tokenizer_config.json -> stop ids
