@@ -34,7 +34,13 @@ class Data(BaseModel, extra="allow", frozen=True):
     test_size: int = Field(ge=1, le=10**6)  # held-out problems
     train_size: int = Field(100_000, ge=1, le=10**9)  # training problems, generated when needed
     seed: int = Field(0, ge=0)  # another seed gives different problems, held-out ones included
+    # A question and its answer to show before every problem, for a model that does not use the
+    # tags by itself, such as ["What is 2 + 3?", "2 + 3 = 5 <answer>5</answer>"].
+    example: tuple[str, str] | None = None
     path: str | None = None  # inherited from config.yaml, not used
+
+    def problem(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return {"dataset": self.dataset, "entry": entry, "example": self.example}
 
 
 @cache
@@ -74,7 +80,7 @@ class Problems(Sequence):
         for i in range(range(len(self))[index], len(self)):
             entry = self.dataset[i]
             if entry["question"] not in self.held_out:
-                return {"dataset": self.data.dataset, "entry": entry}
+                return self.data.problem(entry)
         raise ValueError(
             f"data.dataset={self.data.dataset} has no training problem from index {index} on that "
             "is not held out; lower data.test_size, or give the task a wider range of problems"
@@ -82,7 +88,8 @@ class Problems(Sequence):
 
 
 def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
-    """Training and held-out problems: {"dataset": its name, "entry": what its verifier needs}.
+    """Training and held-out problems: {"dataset": its name, "entry": what its verifier needs,
+    "example": data.example}.
 
     Raises ValueError naming an unknown dataset or parameter.
     """
@@ -91,7 +98,7 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
     candidates = _create_dataset(data, seed=data.seed + 10**9, size=20 * data.test_size)
     for i in range(len(candidates)):
         entry = candidates[i]
-        test.setdefault(entry["question"], {"dataset": data.dataset, "entry": entry})
+        test.setdefault(entry["question"], data.problem(entry))
         if len(test) == data.test_size:
             return Problems(data, set(test)), list(test.values())
     raise ValueError(
@@ -112,14 +119,19 @@ def _create_dataset(data: Data, *, seed: int, size: int) -> Any:
 
 
 def render_prompt(problem: dict[str, Any], tokenizer: Tokenizer) -> str:
-    messages = [
-        {"role": "system", "content": SYSTEM_MESSAGE},
-        {"role": "user", "content": f"{problem['entry']['question']}\n{SYSTEM_MESSAGE}"},
-    ]
+    messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
+    if problem["example"]:
+        question, answer = problem["example"]
+        messages += [{"role": "user", "content": f"{question}\n{SYSTEM_MESSAGE}"}]
+        messages += [{"role": "assistant", "content": answer}]
+    question = problem["entry"]["question"]
+    messages += [{"role": "user", "content": f"{question}\n{SYSTEM_MESSAGE}"}]
     return tokenizer.render_chat(messages)
 
 
-def reward_function(response: str, dataset: str, entry: dict[str, Any]) -> Reward:
+def reward_function(
+    response: str, dataset: str, entry: dict[str, Any], example: tuple[str, str] | None
+) -> Reward:
     """1 if the verifier accepts the last <answer>…</answer>, plus 0.1 for the format.
 
     The format is right if there is exactly one such block and the response ends with it.

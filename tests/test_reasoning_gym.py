@@ -72,6 +72,23 @@ def test_parameters_of_the_dataset_are_data_keys():
     assert first != [problem["entry"] for problem in task.load_problems(make_data(seed=2))[1]]
 
 
+class PlainChat:
+    def render_chat(self, messages):
+        return " ".join(f"[{message['role']}] {message['content']}" for message in messages)
+
+
+def test_an_example_is_shown_as_an_earlier_turn():
+    # Catches: the example left out, or put behind the question.
+    entry = {"question": "4 + 7 =", "answer": "11"}
+    plain = task.render_prompt(make_data().problem(entry), PlainChat())
+    data = make_data(example=["2 + 3 =", "2 + 3 = 5 <answer>5</answer>"])
+    shown = task.render_prompt(data.problem(entry), PlainChat())
+    rule = task.SYSTEM_MESSAGE
+    example = f"[user] 2 + 3 =\n{rule} [assistant] 2 + 3 = 5 <answer>5</answer>"
+    assert plain == f"[system] {rule} [user] 4 + 7 =\n{rule}"
+    assert shown == f"[system] {rule} {example} [user] 4 + 7 =\n{rule}"
+
+
 @needs_package
 @pytest.mark.parametrize(
     ("changes", "message"),
