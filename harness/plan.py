@@ -21,6 +21,7 @@ from qwen2_model import KVCache, Qwen2Config
 GIB = 2**30
 PROMPT_TOKENS = 256  # assumed length of a prompt: the plan is made before any prompt is known
 CONTEXT_BYTES = GIB // 2  # CUDA context, library workspaces, fragmentation
+NCCL_BYTES = GIB  # buffers of NCCL, which connects the GPUs of several ranks
 RESERVE_BYTES = GIB  # left free if model.memory_gib is null
 # A decode step holds two buffers of the size of its float32 logits. Eager steps and recorded steps
 # (CUDA graphs) have separate memory pools.
@@ -29,6 +30,9 @@ STEP_BUFFERS = 4
 GRAPH_BYTES = 2**16
 CHUNK_BUFFERS = 1.5  # float32 logits of a chunk of the loss, and their gradient in bf16
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
+# Per token of a micro-batch, with geometric answer lengths of any mean from 64 to 1,024 tokens: the
+# queries of attention, padded to equal lengths, and its keys, as each answer copies its prompt's.
+QUERIES_PER_TOKEN, KEYS_PER_TOKEN = 1.35, 2.5
 TRANSIT = 2**23  # elements that the ranks exchange in one collective call
 
 # hidden size, intermediate size, layers, heads, key heads (the order of Qwen2Config), tied head:
@@ -127,6 +131,8 @@ def _fixed_parts(config: Config, shape: Qwen2Config, cards: int) -> dict[str, fl
     parts = {"weights": num_weights(shape) * dtype.itemsize, "optimizer state": state}
     if config.model.device == "cuda":
         parts["CUDA context and workspaces"] = CONTEXT_BYTES
+        if cards > 1:
+            parts["NCCL buffers"] = NCCL_BYTES
     return parts
 
 
@@ -199,7 +205,7 @@ def _free_budget(device: str, cards: int) -> float:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "model.memory_gib=null plans with the memory that is free on the GPU, but there is no "
-            "CUDA device; say how much there is, for example model.memory_gib=43.5"
+            "CUDA device; say what may be used, for example model.memory_gib=22.5 on a 24 GB card"
         )
     ranks = cards if device == "cpu" else 1  # ranks on CPUs share one machine's memory
     return (free_bytes(torch.device(device)) - RESERVE_BYTES) / ranks
@@ -220,9 +226,10 @@ def activation_bytes_per_token(
     b, E, I = dtype.itemsize, shape.hidden_size, shape.intermediate_size
     # A norm keeps its input. On a CPU it is in float32, with the normalised value beside it.
     norms = 2 * b * E if device == "cuda" else 2 * (4 * E + 4 * E)
-    # Attention keeps its input and queries once, its result, keys and values twice; the MLP keeps
+    # Attention keeps its input, queries, keys, values and its result, padded and not. The MLP keeps
     # its input, gate, up and silu(gate) * up.
-    attention = b * (4 * E + 4 * shape.num_key_value_heads * shape.head_dim)
+    keys = KEYS_PER_TOKEN * shape.num_key_value_heads * shape.head_dim
+    attention = b * (2 * E + 2 * QUERIES_PER_TOKEN * E + 2 * keys)
     mlp = b * (E + 3 * I)
     # Half a layer more for gradients in flight. Whole layers are freed before the backward pass
     # reaches the recomputed ones, which are alive one at a time.

@@ -16,6 +16,7 @@ TINY = ROOT / "config_tiny.yaml"
 SHIPPED = (
     "config.yaml",
     "config_24GB.yaml",
+    "config_16GB.yaml",
     "config_tiny.yaml",
     "examples/config_gsm8k.yaml",
 )

@@ -433,7 +433,7 @@ def a40(monkeypatch):
 
 
 def check(*overrides):
-    config = load_config("config_24GB.yaml", list(overrides))
+    config = load_config("config_24GB.yaml", ["model.memory_gib=22.5", *overrides])
     cuda.check_cuda(config, make_plan(config, find_shape("Qwen2.5-3B")))
 
 
