@@ -53,27 +53,29 @@ class Plan:
     """What one rank needs. All sizes are in bytes."""
 
     rollout: dict[str, float]  # parts that are in memory together at the rollout's peak
+    evaluation: dict[str, float]  # the same at the peak of an evaluation
     update: dict[str, float]  # the same at the update's peak
     budget: float
     pinned_bytes: float  # CPU memory for offloaded optimizer state
     cache_bytes: int  # KV cache budget for grpo.rollout
-    evaluation_cache_bytes: int  # smaller: an evaluation prefills more prompts at once
-    cache_slots: int  # answers decoded at once; 0 if not even one fits
+    evaluation_cache_bytes: int  # the same for an evaluation, which holds other prompts
+    cache_slots: int  # answers decoded at once in the rollout; 0 if not even one fits
     recompute_layers: int  # for grpo.update_policy
 
     @property
     def needed(self) -> float:
-        return max(sum(self.rollout.values()), sum(self.update.values()))
+        return max(sum(parts.values()) for parts in (self.rollout, self.evaluation, self.update))
 
     @property
     def fits(self) -> bool:
-        return self.cache_slots >= 1 and sum(self.update.values()) <= self.budget
+        return self.needed <= self.budget
 
     def table(self) -> str:
-        columns = [part | {"total": sum(part.values())} for part in (self.rollout, self.update)]
-        lines = [f"{'GiB':42}{'rollout':>9}{'update':>9}"]
-        for name in dict.fromkeys([*self.rollout, *self.update, "total"]):
-            cells = [f"{c[name] / GIB:9.2f}" if name in c else f"{'-':>9}" for c in columns]
+        parts = self.rollout, self.evaluation, self.update
+        columns = [part | {"total": sum(part.values())} for part in parts]
+        lines = [f"{'GiB':42}{'rollout':>12}{'evaluation':>12}{'update':>12}"]
+        for name in dict.fromkeys([*self.rollout, *self.evaluation, *self.update, "total"]):
+            cells = [f"{c[name] / GIB:12.2f}" if name in c else f"{'-':>12}" for c in columns]
             lines.append(f"{name:42}{''.join(cells)}")
         pinned = f"; pinned CPU memory: {self.pinned_bytes / GIB:.2f}" if self.pinned_bytes else ""
         return "\n".join([*lines, f"budget: {self.budget / GIB:.2f}{pinned}"])
@@ -95,7 +97,7 @@ def make_plan(
     if not plan.fits:
         raise ValueError(
             f"the run does not fit into {budget / GIB:.2f} GiB (model.memory_gib={gib or 'null'}):"
-            f"\n{plan.table()}\n{_remedy(config, shape, cards, plan)}"
+            f"\n{plan.table()}\n{_remedy(config, shape, cards, held_out, plan)}"
         )
     return plan
 
@@ -105,20 +107,18 @@ def _plan(config: Config, shape: Qwen2Config, cards: int, held_out: int, budget:
     questions = math.ceil(training.num_questions_per_batch / cards)
     num_answers = questions * (training.batch_size // training.num_questions_per_batch)
     rollout, cache_slots = _rollout_parts(config, shape, cards, questions, num_answers, budget)
+    held_out = max(1, math.ceil(held_out / cards))
+    evaluation, slots = _rollout_parts(config, shape, cards, held_out, held_out, budget)
     update, recompute_layers = _update_parts(config, shape, cards, budget)
-
-    token_bytes = KVCache.bytes_per_token(shape, dtype)
-    slot_bytes = token_bytes * (PROMPT_TOKENS + training.max_gen_len)
-    cache_bytes = max(cache_slots, 1) * slot_bytes
-    more_prompts = max(0, math.ceil(held_out / cards) - questions)
-    evaluation_cache_bytes = cache_bytes - more_prompts * token_bytes * PROMPT_TOKENS
+    slot_bytes = KVCache.bytes_per_token(shape, dtype) * (PROMPT_TOKENS + training.max_gen_len)
     return Plan(
         rollout,
+        evaluation,
         update,
         budget,
         pinned_bytes=_state_bytes(shape, dtype, cards) if _offloads(config) else 0,
-        cache_bytes=cache_bytes,
-        evaluation_cache_bytes=max(slot_bytes, evaluation_cache_bytes),
+        cache_bytes=max(cache_slots, 1) * slot_bytes,
+        evaluation_cache_bytes=max(slots, 1) * slot_bytes,
         cache_slots=cache_slots,
         recompute_layers=recompute_layers,
     )
@@ -285,7 +285,7 @@ def absent_model(path: Path) -> str:
     )
 
 
-def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
+def _remedy(config: Config, shape: Qwen2Config, cards: int, held_out: int, plan: Plan) -> str:
     """Settings with which the run fits. Each suggestion has been tried."""
 
     now, longest = config.training.micro_batch_tokens, PROMPT_TOKENS + config.training.max_gen_len
@@ -300,7 +300,7 @@ def _remedy(config: Config, shape: Qwen2Config, cards: int, plan: Plan) -> str:
             training = config.training.model_copy(update={"micro_batch_tokens": min(tokens, now)})
             optimizer = config.optimizer.model_copy(update={"offload": offload})
             changed = config.model_copy(update={"training": training, "optimizer": optimizer})
-            if settings and _plan(changed, shape, cards, 0, plan.budget).fits:
+            if settings and _plan(changed, shape, cards, held_out, plan.budget).fits:
                 return "set " + " and ".join(f"{key}={value}" for key, value in settings.items())
     needed = math.ceil(100 * plan.needed / GIB) / 100
     if config.model.memory_gib is None:

@@ -55,8 +55,19 @@ def test_an_absent_model_of_unknown_name_is_an_error():
 def test_a_task_without_test_size_passes_the_number_of_held_out_questions():
     # Catches: config.data.test_size read from any task; held_out ignored.
     config = small("model.memory_gib=2.0").model_copy(update={"data": object()})
-    none, many = [make_plan(config, SHAPE, held_out=n).evaluation_cache_bytes for n in (0, 1000)]
-    assert make_plan(config, SHAPE).evaluation_cache_bytes == none > many
+    one, many = [make_plan(config, SHAPE, held_out=n).evaluation_cache_bytes for n in (1, 100)]
+    assert make_plan(config, SHAPE).evaluation_cache_bytes == one
+    assert many == 100 * one
+
+
+def test_an_evaluation_is_planned_like_a_rollout_of_its_own():
+    # Catches: the cache for a small batch taken for an evaluation of many questions, which then
+    # decodes one answer at a time although there is memory for all of them.
+    batch = "training.batch_size=8", "training.num_questions_per_batch=2"
+    plan = make_plan(small("model.memory_gib=2.0", "data.test_size=100", *batch), SHAPE)
+    assert "KV cache, 8 of 8 answers at once" in plan.rollout
+    assert "KV cache, 100 of 100 answers at once" in plan.evaluation
+    assert plan.evaluation["prompts"] == 50 * plan.rollout["prompts"]
 
 
 # ---------------------------------------------------------------- what autograd keeps
