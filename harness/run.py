@@ -7,10 +7,8 @@ evaluation that follows it.
 
 import argparse
 import contextlib
-import fcntl
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +35,7 @@ from harness.distributed import RankFailure, RankLost, Torchrun
 from harness.log import RunLog
 from harness.metrics import RECENT_STEPS, diagnose, evaluation_metrics, pick_samples, step_metrics
 from harness.plan import GIB, absent_model, find_shape, make_plan
+from harness.process import Interrupted, OutputLock, Signals
 from harness.rewards import isolated_reward, load_problems, load_task
 from optimizer import AdamW
 from published_format import read_json
@@ -63,74 +62,6 @@ class Finished(Exception):
 
 class Stopped(Exception):
     """The run cannot go on."""
-
-
-class Interrupted(BaseException):
-    """A signal asks the run to stop. Raised only where no work is half done."""
-
-
-class Signals:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP until check() is called.
-
-    A second SIGINT or SIGTERM ends the process at once. A second SIGHUP is ignored, because a
-    closing terminal sends several.
-    """
-
-    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self):
-        self.received = None
-        for signum in self.HANDLED:
-            signal.signal(signum, self._receive)
-
-    def _receive(self, signum, frame) -> None:
-        self.received = signum
-        for s in self.HANDLED:
-            signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
-
-    def check(self) -> None:
-        if self.received is not None:
-            raise Interrupted
-
-
-class OutputLock:
-    """A lock on the output directory, which the kernel releases if the process dies.
-
-    The directory itself is locked, because a lock file in it could be removed.
-    """
-
-    def __init__(self, path: Path):
-        """Create the directory if needed. Raises ValueError if another process has locked it."""
-        self.path, self._is_new = path, not path.exists()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(
-                f"output_dir={path} cannot be created, because a file is in the way; choose another"
-            ) from None
-        self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise ValueError(
-                f"{path} is in use by another run; wait for it to end, or choose another output_dir"
-            ) from None
-
-    def is_replaced(self) -> bool:
-        """True if the path now leads to another directory, which another run may use."""
-        return self.path.exists() and not os.path.samestat(
-            os.stat(self.path), os.fstat(self._descriptor)
-        )
-
-    def is_lost(self) -> bool:
-        return not self.path.exists() or self.is_replaced()
-
-    def release(self) -> None:
-        """Unlock the directory, and remove it if it was created here and is still empty."""
-        if self._is_new and not self.is_lost() and not any(self.path.iterdir()):
-            self.path.rmdir()
-        os.close(self._descriptor)
 
 
 class Run:

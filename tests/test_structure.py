@@ -27,7 +27,7 @@ TASKS = ["countdown_task"]
 HARNESS = [
     *("harness", "harness.console", "harness.log", "harness.metrics", "harness.cpu"),
     *("harness.rewards", "harness.config", "harness.plan", "harness.cuda", "harness.distributed"),
-    *("harness.checkpoint", "harness.run"),
+    *("harness.checkpoint", "harness.process", "harness.run"),
 ]
 PROGRAMS = ["train", "evaluate", "plot", "warm_start"]
 ORDER = [*ALGORITHM, *TASKS, *HARNESS, *PROGRAMS]
