@@ -14,19 +14,19 @@ class Signals:
     """Remembers the first SIGINT, SIGTERM or SIGHUP until check() is called.
 
     A second SIGINT or SIGTERM ends the process at once. A second SIGHUP is ignored, because a
-    closing terminal sends several.
+    closing terminal sends several. A signal that was ignored at the start (nohup) stays ignored.
     """
-
-    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.received = None
-        for signum in self.HANDLED:
+        possible = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._handled = [s for s in possible if signal.getsignal(s) is not signal.SIG_IGN]
+        for signum in self._handled:
             signal.signal(signum, self._receive)
 
     def _receive(self, signum, frame) -> None:
         self.received = signum
-        for s in self.HANDLED:
+        for s in self._handled:
             signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
 
     def check(self) -> None:

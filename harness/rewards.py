@@ -41,6 +41,7 @@ MAX_NUMBER = 1e6  # a finite reward beyond this is a bug in the task
 MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may allocate
 MAX_REPLY = 2**20  # bytes
 SERVER_SECONDS = 1.0  # to wait before the second try to start a worker
+CHECK_SECONDS = 1.0  # how often a wait for the worker is checked for a signal
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -110,8 +111,8 @@ def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence
 class IsolatedReward:
     """A task's reward function in a worker process; see isolated_reward."""
 
-    def __init__(self, task_name: str, timeout: float, errors: str):
-        self.task_name, self.timeout, self.errors = task_name, timeout, errors
+    def __init__(self, task_name: str, timeout: float, errors: str, check: Callable[[], None]):
+        self.task_name, self.timeout, self.errors, self.check = task_name, timeout, errors, check
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, task_name])
         _start_forkserver()
@@ -149,11 +150,14 @@ class IsolatedReward:
         worker, answered = self._worker, False
         try:
             self._connection.send_bytes(request)
-            if not self._connection.poll(self.timeout):
-                return (
-                    f"took longer than {self.timeout:g} s ({self._line}); make it faster or raise "
-                    "training.reward_timeout"
-                )
+            end = time.monotonic() + self.timeout
+            while not self._connection.poll(min(CHECK_SECONDS, self.timeout)):
+                self.check()
+                if time.monotonic() > end:
+                    return (
+                        f"took longer than {self.timeout:g} s ({self._line}); make it faster or "
+                        "raise training.reward_timeout"
+                    )
             # JSON rather than pickle: unpickling what foreign code sends would run it here.
             outcome = json.loads(self._connection.recv_bytes(MAX_REPLY))
             answered = True
@@ -197,7 +201,9 @@ class IsolatedReward:
         self._worker = None
 
 
-def isolated_reward(task_name: str, *, timeout: float, errors: str) -> IsolatedReward:
+def isolated_reward(
+    task_name: str, *, timeout: float, errors: str, check: Callable[[], None] = lambda: None
+) -> IsolatedReward:
     """Return the task's reward function, isolated so that its bugs cannot hang or corrupt the run.
 
     The function runs in a worker process, which is killed and replaced if the function takes more
@@ -205,12 +211,13 @@ def isolated_reward(task_name: str, *, timeout: float, errors: str) -> IsolatedR
     raises, allocates more than MAX_MEMORY (Linux only) or returns something other than a Reward,
     errors="zero" scores the answer 0 with the part "error", and errors="stop" raises ValueError
     naming the question, the answer, the line and the fix. A total that is not finite is passed on:
-    the update reports it.
+    the update reports it. check is called about once a second while an answer is being scored; it
+    raises to end the wait.
 
     Call this early: it starts a server process, which imports the task in the background (this
     takes about as long as importing torch) and then forks the workers. close() ends the worker.
     """
-    return IsolatedReward(task_name, timeout, errors)
+    return IsolatedReward(task_name, timeout, errors, check)
 
 
 def _start_forkserver() -> None:

@@ -103,7 +103,10 @@ class Run:
         self.problems = self._load_problems()
         training = config.training
         self.reward = isolated_reward(
-            config.task, timeout=training.reward_timeout, errors=training.reward_errors
+            config.task,
+            timeout=training.reward_timeout,
+            errors=training.reward_errors,
+            check=self._check,
         )
         self._closing.callback(self.reward.close)
         shape = Qwen2Config.from_json(self.model_dir / "config.json")

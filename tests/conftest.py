@@ -47,9 +47,9 @@ def one_thread():
 
 @pytest.fixture
 def own_signals():
-    """Restores the signal handlers that train.py replaces."""
+    """Starts with default handlers, and restores those that train.py replaces."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in signals}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

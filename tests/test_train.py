@@ -129,6 +129,8 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(threads)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
         for path, descriptor in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         sys.stdout.reconfigure(line_buffering=True)
@@ -287,7 +289,21 @@ def test_a_second_signal_ends_the_process_but_a_second_hangup_does_not():
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_a_second_ctrl_c_ends_a_run_that_waits_for_a_reward(base_model, processes, tmp_path):
+# Catches: `is not signal.SIG_IGN` removed; the ignored signals reset by the first one.
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signals = run.Signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    signals.check()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(run.Interrupted):
+        signals.check()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.fixture
+def sleeping(base_model, processes, tmp_path):
+    """A run whose reward function has been called and sleeps."""
     started = tmp_path / "started"
     os.mkfifo(started)
     (processes.tasks / "sleeping_task.py").write_text(
@@ -298,11 +314,21 @@ def test_a_second_ctrl_c_ends_a_run_that_waits_for_a_reward(base_model, processe
     settings = ["task=sleeping_task", "training.reward_timeout=3600"]
     process = processes.start(command(tmp_path / "run", base_model, *settings))
     open(started).close()  # returns when the reward function opens it
+    return process
+
+
+def test_one_signal_ends_a_run_that_waits_for_a_reward(sleeping):
+    # Catches: the answer of the worker awaited in one piece.
+    os.kill(sleeping.pid, signal.SIGTERM)
+    assert sleeping.wait() == 128 + signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(sleeping):
     with contextlib.suppress(ProcessLookupError):  # two signals at once may arrive as one
         while True:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(sleeping.pid, signal.SIGINT)
             os.sched_yield()
-    assert process.wait() == -signal.SIGINT
+    assert sleeping.wait() == -signal.SIGINT
 
 
 def fail(_):
