@@ -14,6 +14,7 @@ OUT_OF_MEMORY = (
     "STATUS_ALLOC_FAILED",
     "can't allocate memory",
     "not enough memory",
+    "unable to mmap",
 )
 
 
@@ -65,7 +66,7 @@ def check_cuda(config: Config, plan: Plan) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True for PyTorch's own error and those of graph recording, cuBLAS and the CPU allocator."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """True for the errors of Python, PyTorch, graph recording, cuBLAS and the CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

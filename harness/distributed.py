@@ -19,6 +19,7 @@ from torch import Tensor
 
 import gpu
 from data_types import SingleProcess
+from harness.cuda import is_out_of_memory
 from harness.plan import TRANSIT
 
 TIMEOUT = timedelta(minutes=30)  # the longest that one rank waits for another
@@ -101,25 +102,25 @@ class Torchrun(SingleProcess):
         buffer_RW = flat.new_zeros((self.size, self._width(shards)), dtype=torch.float32)
         sum_W = torch.empty_like(buffer_RW[0])
         self.all_gather_objects(None)
-        for pieces in self._pieces(flat, shards):
-            for row_W, piece in zip(buffer_RW, pieces, strict=True):
-                row_W[: len(piece)] = piece
-            with self._connected():
+        with self._connected():
+            for pieces in self._pieces(flat, shards):
+                for row_W, piece in zip(buffer_RW, pieces, strict=True):
+                    row_W[: len(piece)] = piece
                 dist.reduce_scatter_tensor(sum_W, buffer_RW.view(-1))
-            local_piece = pieces[self.rank]
-            local_piece.copy_(sum_W[: len(local_piece)])
+                local_piece = pieces[self.rank]
+                local_piece.copy_(sum_W[: len(local_piece)])
         return flat[shards[self.rank]]
 
     def all_gather(self, flat: Tensor, shards: list[slice]) -> None:
         buffer_RW = flat.new_zeros((self.size, self._width(shards)))
         local_W = torch.zeros_like(buffer_RW[0])
         self.all_gather_objects(None)
-        for pieces in self._pieces(flat, shards):
-            local_W[: len(pieces[self.rank])] = pieces[self.rank]
-            with self._connected():
+        with self._connected():
+            for pieces in self._pieces(flat, shards):
+                local_W[: len(pieces[self.rank])] = pieces[self.rank]
                 dist.all_gather_into_tensor(buffer_RW.view(-1), local_W)
-            for row_W, piece in zip(buffer_RW, pieces, strict=True):
-                piece.copy_(row_W[: len(piece)])
+                for row_W, piece in zip(buffer_RW, pieces, strict=True):
+                    piece.copy_(row_W[: len(piece)])
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -135,17 +136,26 @@ class Torchrun(SingleProcess):
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Turn the RuntimeError that torch.distributed raises for a lost rank into RankLost."""
+        """Turn an error inside a collective into RankLost: the ranks cannot meet any more.
+
+        The RuntimeError is that of torch.distributed for a lost rank, or the memory was full. In
+        that case the others wait inside the collective, and would never hear of a failure.
+        """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise RankLost(self._explain(error), 1) from error
 
-    def _explain(self, error: RuntimeError) -> str:
+    def _explain(self, error: RuntimeError | MemoryError) -> str:
         """Find out which ranks are missing. One rank returns the message, the others ""."""
         try:
+            if is_out_of_memory(error):
+                self.store.add("explained", 1)
+                cause = str(error).partition("\n")[0]
+                return (
+                    f"error: rank {self.rank} ran out of memory while it exchanged data with the "
+                    f"others ({cause}); lower model.memory_gib for a smaller plan"
+                )
             self.store.set(f"alive/{self.rank}", "")
             time.sleep(REPORT_SECONDS)
             missing = [

@@ -72,7 +72,7 @@ class Run:
     """
 
     def __enter__(self) -> "Run":
-        self.exit_code, self.phase, self.plan, self.has_begun = 0, "start", None, False
+        self.exit_code, self.phase, self.plan, self.has_begun = 0, "preparation", None, False
         self.signals, self.world = Signals(), SingleProcess()
         self._closing = contextlib.ExitStack()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -432,12 +432,14 @@ class Run:
             return "interrupted", 128 + self.signals.received
         if isinstance(error, ValueError) or (isinstance(error, OSError) and not self.has_begun):
             return f"error: {error}", 2
-        if is_out_of_memory(error) and self.plan is not None:
-            first_line = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            first_line = str(error).partition("\n")[0] or type(error).__name__
+            message = f"error: out of memory in the {self.phase} ({first_line})"
+            if self.plan is None:
+                return f"{message}; close other programs, or use fewer problems", 1
             return (
-                f"error: out of memory in the {self.phase} ({first_line}); set model.memory_gib "
-                f"below {self.plan.budget / GIB:.1f} for a smaller plan. The plan was\n"
-                f"{self.plan.table()}"
+                f"{message}; set model.memory_gib below {self.plan.budget / GIB:.1f} for a smaller "
+                f"plan. The plan was\n{self.plan.table()}"
             ), 1
         if isinstance(error, Stopped | OSError | FloatingPointError):
             return f"error: {error}", 1

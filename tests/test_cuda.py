@@ -408,6 +408,8 @@ def test_cudnn_attention_is_off_and_bf16_sums_are_float32():
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("unable to mmap 988097824 bytes from file <a>: Cannot allocate"), True),
+        (MemoryError(), True),
         (RuntimeError("size mismatch"), False),
         (ValueError("not enough memory"), False),
         (None, False),

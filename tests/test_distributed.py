@@ -373,10 +373,17 @@ def zero_gradient(parameters, plain=grpo.zero_gradient):
 
 grpo.zero_gradient = zero_gradient
 
+def reduce_scatter(*args, plain=torch.distributed.reduce_scatter_tensor):
+    if updates == 3 and what == "collective" and is_due():
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    return plain(*args)
+
+torch.distributed.reduce_scatter_tensor = reduce_scatter
+
 def render_prompt(problem, tokenizer):
     global prompts
     prompts += 1
-    if prompts == 5 + 2 * 4 + 2 and what != "memory" and is_due():
+    if prompts == 5 + 2 * 4 + 2 and what not in ("memory", "collective") and is_due():
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "launcher":
@@ -412,6 +419,7 @@ def trouble(tmp_path: Path, what: str, rank: int) -> dict[str, str]:
         ("error", 1, "rank 1: error: planted"),
         ("bug", 1, "rank 1: error: ZeroDivisionError('planted')"),
         ("memory", 1, "rank 1: error: out of memory in the update"),
+        ("collective", 1, "error: rank 1 ran out of memory while it exchanged data"),
     ],
 )
 def test_an_error_of_one_rank_ends_all_and_leaves_the_last_checkpoint(

@@ -380,6 +380,16 @@ def test_running_out_of_memory_shows_the_plan(base_model, tmp_path, monkeypatch,
     assert "KV cache" in error
 
 
+def test_running_out_of_memory_before_there_is_a_plan_is_one_line(base_model, tmp_path, capsys):
+    def run_out(_):
+        raise MemoryError
+
+    with planted(run_out, 1, name="load_problems"):
+        assert train.main(command(tmp_path / "run", base_model)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory in the preparation (MemoryError);")
+
+
 def test_an_unforeseen_error_keeps_its_traceback_and_the_finished_steps(
     base_model, tmp_path, capsys
 ):
