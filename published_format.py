@@ -6,8 +6,9 @@ file and the fix.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
 import torch
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError
@@ -249,23 +250,31 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 # ---------------------------------------------------------------- text and JSON
 
 
-def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) -> str:
-    """Text of a regular file of at most `limit` bytes.
+@contextmanager
+def open_text(path: Path, *, remedy: str = REMEDY) -> Iterator[TextIO]:
+    """A regular file of UTF-8 text, open for reading.
 
-    Raises FileNotFoundError or ValueError with the path and the remedy.
+    Raises FileNotFoundError or ValueError with the path and the remedy, also while it is read.
     """
     try:
         if not path.is_file() and path.exists():
             raise ValueError(f"{path} is not a regular file; {remedy}")
-        if (size := path.stat().st_size) > limit:
-            raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}; {remedy}")
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); {remedy}") from None
     except OSError as error:  # no permission, or a loop of symbolic links
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+
+def read_text(path: Path, *, remedy: str = REMEDY, limit: int = MAX_TEXT_BYTES) -> str:
+    """The whole text of a file of at most `limit` bytes. Raises what open_text raises."""
+    with open_text(path, remedy=remedy) as file:
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}; {remedy}")
+        return file.read()
 
 
 def read_json(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:

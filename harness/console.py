@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_types import NoProgress
 
-UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step"}
+UNITS = {"prefill": "prompts", "gradient": "tokens", "optimizer": "step", "TensorBoard": "lines"}
 MAX_MESSAGE = 10_000  # characters
 COLUMNS = {  # column: (metric, format); all of them fit into 80 characters
     "step": ("step", "{:>5d}"),

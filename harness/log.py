@@ -10,13 +10,15 @@ import os
 import shutil
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from data_types import NoProgress
 from harness.console import log, printable
-from published_format import MAX_DATA_BYTES, Count, Record, parse_json, read_text, validated
+from published_format import Count, Record, open_text, parse_json, validated
 
 PAGE_COLUMNS = 110  # TensorBoard does not wrap text of a fixed width
 
@@ -48,69 +50,91 @@ class SampleLine(BaseModel, allow_inf_nan=False):
 FILES = {"metrics.jsonl": MetricsLine, "samples.jsonl": SampleLine, "timings.jsonl": MetricsLine}
 
 
-def read_log(path: Path, kind: type[Record]) -> list[Record]:
+def read_log(path: Path, kind: type[Record]) -> Iterator[Record]:
     """Read the lines of a log file, except an unfinished last line that a crash left.
 
     Raises FileNotFoundError, or ValueError naming the file, the line and what is wrong with it.
     """
-    remedy = "wanted the directory of a run, for example runs/tiny"
-    *lines, unfinished = read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n")
-    if unfinished:
-        log(f"{path}: ignoring the last line, which is incomplete")
-    records, remedy = [], "remove the line"
-    for number, line in enumerate(lines, 1):
-        raw = parse_json(line, f"{path}, line {number},", remedy=remedy)
-        records.append(validated(kind, raw, f"{path}, line {number}", remedy=remedy))
-    return records
+    with open_text(path, remedy="wanted the directory of a run, for example runs/tiny") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                log(f"{path}: ignoring the last line, which is incomplete")
+                return
+            where, remedy = f"{path}, line {number}", "remove the line"
+            raw = parse_json(line, f"{where},", remedy=remedy)
+            yield validated(kind, raw, where, remedy=remedy)
 
 
 class RunLog:
-    """The log files of a run, open for writing."""
+    """Writes the log files of a run. `sizes` holds their sizes in bytes."""
 
-    def __init__(self, directory: Path, sizes: dict[str, int]):
+    def __init__(self, directory: Path, sizes: dict[str, int], progress: NoProgress = NoProgress()):
         """Truncate each file to the whole lines within its first sizes[name] bytes.
 
         A file that `sizes` does not name starts empty. TensorBoard's file is rebuilt from the lines
-        that are left. Raises ValueError if one of them is damaged.
+        that are left. Raises ValueError if one of them is damaged, and whatever progress raises.
         """
-        self.directory, self._files, self._board = directory, {}, None
+        self.directory, self.sizes, self._undrawn, self._board = directory, {}, [], None
         with contextlib.ExitStack() as opened:
-            for name in FILES:
-                file = opened.enter_context(open(directory / name, "a+b"))
-                file.seek(0)
-                file.truncate(file.read(sizes.get(name, 0)).rfind(b"\n") + 1)
-                self._files[name] = file
+            num_lines = sum(self._truncate(name, sizes.get(name, 0)) for name in FILES)
             shutil.rmtree(directory / "tensorboard", ignore_errors=True)
             with contextlib.suppress(ImportError):  # the dependency group "log" is not installed
                 self._board = TensorBoard(directory / "tensorboard", opened)
-            for name in FILES:
-                for record in self.read(name):
-                    self._show(name, record)
+            with progress.phase("TensorBoard", num_lines):
+                for name in FILES:
+                    for record in self.read(name):
+                        if self._board:
+                            self._board.show(name, record)
+                        progress.update(1)
             self._opened = opened.pop_all()
 
-    def write(self, name: str, record: dict[str, Any]) -> None:
-        """Append a line; record["step"] says which step it is about. None replaces NaN and inf."""
-        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-        self._files[name].write(json.dumps(record).encode() + b"\n")
-        self._files[name].flush()
-        self._show(name, record)
+    def _truncate(self, name: str, size: int) -> int:
+        """Returns the number of lines that are left."""
+        path, num_lines, end = self.directory / name, 0, 0
+        with open(path, "a+b") as file:
+            file.seek(0)
+            for line in file:
+                if end + len(line) > size or not line.endswith(b"\n"):
+                    break
+                num_lines, end = num_lines + 1, end + len(line)
+            file.truncate(end)
+        if end < size:
+            log(f"warning: lines are missing in {path}: it has {end:,} of {size:,} bytes")
+        self.sizes[name] = end
+        return num_lines
 
-    def _show(self, name: str, record: dict[str, Any]) -> None:
-        if self._board:
+    def write(self, name: str, *records: dict[str, Any]) -> None:
+        """Append a line for each record, on disk when this returns; draw() draws it.
+
+        record["step"] says which step it is about. None replaces NaN and inf. The file is opened by
+        its name: if it was removed or replaced, the log goes on in a new one.
+        """
+        cleaned = [json.loads(json.dumps(r), parse_constant=lambda _: None) for r in records]
+        path = self.directory / name
+        with open(path, "ab") as file:
+            if (size := file.tell()) != self.sizes[name]:
+                log(
+                    f"warning: another program changed {path}, which has {size:,} bytes instead of "
+                    f"{self.sizes[name]:,}; lines may be missing"
+                )
+            file.write("".join(json.dumps(record) + "\n" for record in cleaned).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self.sizes[name] = file.tell()
+        self._undrawn += [(name, record) for record in cleaned]
+
+    def draw(self) -> None:
+        """Show what was written since the last call in TensorBoard."""
+        undrawn, self._undrawn = self._undrawn, []
+        for name, record in undrawn if self._board else ():
             self._board.show(name, record)
 
-    def read(self, name: str) -> list[dict[str, Any]]:
-        lines = read_log(self.directory / name, FILES[name])
-        return [line.model_dump(exclude_unset=True) for line in lines]
-
-    def sizes(self) -> dict[str, int]:
-        """Sync every file to disk, and return its size in bytes."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+    def read(self, name: str) -> Iterator[dict[str, Any]]:
+        for line in read_log(self.directory / name, FILES[name]):
+            yield line.model_dump(exclude_unset=True)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a write failed before, and write() raised it then
+        with contextlib.suppress(OSError):  # a write failed before, and draw() raised it then
             self._opened.close()
 
 
@@ -155,5 +179,8 @@ def page(sample: dict[str, Any]) -> str:
         f"{sample['question']}{sample['text']}\n\n"
         f"reward {sample['reward']}, advantage {sample['advantage']}"
     )
-    lines = [textwrap.fill(printable(line), PAGE_COLUMNS) for line in text.split("\n")]
+    lines = [
+        textwrap.fill(line, PAGE_COLUMNS) if len(line) > PAGE_COLUMNS else line
+        for line in printable(text).split("\n")
+    ]
     return textwrap.indent("\n".join(lines), "    ")

@@ -11,6 +11,7 @@ from data_types import Episode, UpdateStats
 
 MISMATCH = 0.1  # nats per token; rounding in bfloat16 alone stays well below
 RECENT_STEPS = 20  # how many steps diagnose() sees at most
+MAX_SAMPLE = 10_000  # characters of a prompt or an answer that samples.jsonl holds
 UNCOUNTED = (
     'no reward has a part "answer", so success cannot be counted and is shown as "-" or 0 %: '
     'let the task return Reward(total, {"answer": 1.0}) for a correct answer, else 0.0'
@@ -62,17 +63,36 @@ def step_metrics(
 def pick_samples(
     episodes: list[Episode], advantages: list[float], prompts: list[str]
 ) -> list[dict]:
-    """The best, the worst and the longest answer of a step, as lines of samples.jsonl."""
+    """The best, the worst and the longest answer of a step, as lines of samples.jsonl.
+
+    Of a long text, the middle is left out.
+    """
     scored = list(zip(episodes, advantages, strict=True))
     chosen = {
         "best": max(scored, key=lambda pair: pair[0].reward.total),
         "worst": min(scored, key=lambda pair: pair[0].reward.total),
         "longest": max(scored, key=lambda pair: len(pair[0].response_token_ids)),
     }
-    return [
-        {"kind": kind, "question": prompts[e.question_id], "advantage": a, **answer_record(e)}
-        for kind, (e, a) in chosen.items()
-    ]
+    samples = []
+    for kind, (e, advantage) in chosen.items():
+        sample = {"kind": kind, "question": shorten(prompts[e.question_id]), "advantage": advantage}
+        samples.append(sample | answer_record(e) | {"text": shorten(e.text)})
+    return samples
+
+
+def shorten(text: str) -> str:
+    if (left_out := len(text) - MAX_SAMPLE) <= 0:
+        return text
+    half = MAX_SAMPLE // 2
+    return f"{text[:half]} [… {left_out:,} characters …] {text[-half:]}"
+
+
+def keeps_samples(step: int) -> bool:
+    """Whether samples.jsonl holds this step, so that it stays small in a run of any length.
+
+    It holds every step below 1,000, every tenth from there on, every hundredth from 10,000 on, etc.
+    """
+    return step % 10 ** max(0, len(str(step)) - 3) == 0
 
 
 def answer_record(episode: Episode) -> dict:

@@ -33,7 +33,14 @@ from harness.config import Config, as_yaml, load_config
 from harness.cuda import check_cuda, is_out_of_memory, why_no_cuda
 from harness.distributed import RankFailure, RankLost, Torchrun
 from harness.log import RunLog
-from harness.metrics import RECENT_STEPS, diagnose, evaluation_metrics, pick_samples, step_metrics
+from harness.metrics import (
+    RECENT_STEPS,
+    diagnose,
+    evaluation_metrics,
+    keeps_samples,
+    pick_samples,
+    step_metrics,
+)
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.process import Interrupted, OutputLock, Signals
 from harness.rewards import isolated_reward, load_problems, load_task
@@ -212,8 +219,12 @@ class Run:
         self.recent, self.warned = [], set()  # metrics of the last steps; warnings given so far
         if self.world.rank == 0:
             self._write_config()
-            self.run_log = RunLog(self.directory, self.state.log_sizes)
+            progress = console.Progress("start", self._check)
+            self.run_log = RunLog(self.directory, self.state.log_sizes, progress)
             self._closing.callback(self.run_log.close)
+            # The lines of training steps do not have these metrics.
+            records = self.run_log.read("metrics.jsonl")
+            self.evaluations = [r for r in records if None not in map(r.get, SUCCESS)]
         self.has_begun = True
         (train, held_out), ranks = self.problems, self.world.size
         console.log(
@@ -292,13 +303,15 @@ class Run:
                 f"step {step} made weights that are not finite (norm of its gradient: "
                 f"{stats.grad_norm:.3g}); lower training.learning_rate"
             )
-        # From here on the weights are those of this step, even if its log cannot be written.
-        self.state.step, self.phase = step, "log"
-        timings = self._timings(step, episodes)
+        # The step counts as done when its log is on disk; until then the weights are not saved.
+        self.phase, timings = "log", self._timings(step, episodes)
+        if self.world.rank == 0 and not self.lock.is_lost():
+            metrics = self._write_step(step, questions, episodes, stats, timings)
+            self.state.log_sizes = dict(self.run_log.sizes)
+        self.state.step, self.phase = step, "report"
         if self.world.rank == 0:
             self._check_directory()
-            self._write_step(step, questions, episodes, stats, timings)
-            self.state.log_sizes = self.run_log.sizes()
+            self._report_step(metrics | {"seconds": timings["seconds"]})
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.broken_questions else 0
         if self.skipped_in_a_row == training.max_skipped_steps:
             raise Stopped(
@@ -334,7 +347,8 @@ class Run:
         episodes: list[Episode],
         stats: UpdateStats,
         timings: dict,
-    ) -> None:
+    ) -> dict:
+        """Write the lines of a step to the log files. Returns that of metrics.jsonl."""
         optimizer = self.optimizer
         metrics = {"step": step} | step_metrics(
             episodes,
@@ -345,18 +359,23 @@ class Run:
             weights_changed_fp32=0.0 if stats.skipped else optimizer.weights_changed_fp32,
         )
         self.run_log.write("metrics.jsonl", metrics)
-        prompts = [question.prompt for question in questions]
-        for sample in pick_samples(episodes, episode_advantages(episodes), prompts):
-            self.run_log.write("samples.jsonl", {"step": step} | sample)
+        if keeps_samples(step):
+            prompts = [question.prompt for question in questions]
+            samples = pick_samples(episodes, episode_advantages(episodes), prompts)
+            self.run_log.write("samples.jsonl", *({"step": step} | sample for sample in samples))
         self.run_log.write("timings.jsonl", timings)
-        shown = metrics | {"seconds": timings["seconds"]}
-        console.log(console.step_line(shown))
-        self.recent = [*self.recent, shown][-RECENT_STEPS:]
+        return metrics
+
+    def _report_step(self, metrics: dict) -> None:
+        """Show a step on the console and in TensorBoard, with warnings and the time left."""
+        self.run_log.draw()
+        console.log(console.step_line(metrics))
+        self.recent = [*self.recent, metrics][-RECENT_STEPS:]
         for warning in diagnose(self.recent) - self.warned:
             console.log(f"warning: {warning}")
             self.warned.add(warning)
-        if step == self.first + 3:
-            self._report_cost(self.last - step)
+        if self.state.step == self.first + 3:
+            self._report_cost(self.last - self.state.step)
 
     def _report_cost(self, steps_left: int) -> None:
         """Estimate the time left, and compare the memory plan with what was measured."""
@@ -376,9 +395,12 @@ class Run:
         if self.world.rank > 0:
             return
         self._check_directory()
-        metrics, seconds = evaluation_metrics(episodes), self.latest["evaluation"].seconds["all"]
-        self.run_log.write("metrics.jsonl", {"step": step} | metrics)
+        metrics = {"step": step} | evaluation_metrics(episodes)
+        seconds = self.latest["evaluation"].seconds["all"]
+        self.run_log.write("metrics.jsonl", metrics)
         self.run_log.write("timings.jsonl", {"step": step, "seconds/evaluation": seconds})
+        self.run_log.draw()
+        self.evaluations.append(metrics)
         mean_length = metrics["eval/mean_length"]
         console.log(f"step {step}: {_success(metrics)}, mean length {mean_length:.0f}")
 
@@ -403,6 +425,7 @@ class Run:
                 self._write_config()
             record = {"step": self.saved_step, "seconds/checkpoint": time.perf_counter() - start}
             self.run_log.write("timings.jsonl", record)
+            self.run_log.draw()
 
     # ------------------------------------------------------------ the end
 
@@ -460,9 +483,12 @@ class Run:
         """Save the steps since the last checkpoint if it is safe, and say what is saved.
 
         An error in the update may have left the weights half updated. With several ranks, any error
-        may have done so, but a signal stops all of them at the same point.
+        may have done so, but a signal stops all of them at the same point. In the phase "log", the
+        weights are those of a step that is not in self.state yet.
         """
-        if isinstance(error, RankFailure):
+        if self.phase == "log":
+            is_safe = False
+        elif isinstance(error, RankFailure):
             is_safe = error.is_signal
         else:
             is_safe = isinstance(error, Interrupted) or self.phase != "update"
@@ -492,12 +518,10 @@ class Run:
             return ""
         path = checkpoint_path(self.checkpoints, self.saved_step)
         text = f"{path} is the trained model, in the published format"
-        records = self.run_log.read("metrics.jsonl")
-        # The lines of training steps do not have these metrics.
-        evaluations = [r for r in records if None not in map(r.get, SUCCESS)]
-        if evaluations:
-            before, after = _success(evaluations[0]), _success(evaluations[-1])
-            text = f"before: {before}\nafter:  {after}\n{text}"
+        if self.evaluations:
+            first, last = self.evaluations[0], self.evaluations[-1]
+            outcome = "\n".join(f"after step {e['step']}, {_success(e)}" for e in (first, last))
+            text = f"{outcome}\n{text}"
         return text
 
 

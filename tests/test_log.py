@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import resource
-import shutil
+import tracemalloc
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness.log import MetricsLine, RunLog, SampleLine, read_log
+from tests.helpers import RecordingProgress
 
 METRICS, SAMPLES, TIMINGS = "metrics.jsonl", "samples.jsonl", "timings.jsonl"
 SAMPLE = {
@@ -28,6 +29,7 @@ def write_step(log: RunLog, step: int) -> None:
     log.write(METRICS, {"step": step, "reward": 0.1 * step, "eval/success": 0.5})
     log.write(SAMPLES, {"step": step, **SAMPLE})
     log.write(TIMINGS, {"step": step, "seconds": 2.0 * step})
+    log.draw()
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def two_steps(tmp_path):
     """The directory of a closed log of two steps, and its sizes after the first."""
     log = RunLog(tmp_path, {})
     write_step(log, 1)
-    sizes = log.sizes()
+    sizes = dict(log.sizes)
     write_step(log, 2)
     log.close()
     return tmp_path, sizes
@@ -81,7 +83,7 @@ def test_a_file_is_cut_after_a_whole_line(change, steps, two_steps):
 def test_a_file_without_a_size_starts_empty(two_steps):
     directory, sizes = two_steps
     log = RunLog(directory, {METRICS: sizes[METRICS]})
-    assert [len(log.read(name)) for name in (METRICS, SAMPLES, TIMINGS)] == [1, 0, 0]
+    assert [len(list(log.read(name))) for name in (METRICS, SAMPLES, TIMINGS)] == [1, 0, 0]
     log.close()
 
 
@@ -91,6 +93,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     log.write(TIMINGS, {"step": 1, "seconds": math.inf, "memory/update": 0.1})
     changes = {"text": "NaN", "reward": math.nan, "parts": {"answer": -math.inf}}
     log.write(SAMPLES, {"step": 1, **SAMPLE, **changes})
+    log.draw()
     log.close()
     timings = '{"step": 1, "seconds": null, "memory/update": 0.1}\n'
     assert (tmp_path / TIMINGS).read_text() == timings
@@ -130,15 +133,62 @@ def test_a_full_disk_is_one_error(file, two_steps, capfd):
     RunLog(directory, sizes).close()
 
 
-def test_a_removed_directory_does_not_end_the_run(tmp_path, capfd):
-    directory = tmp_path / "run"
-    directory.mkdir()
-    log = RunLog(directory, {})
-    shutil.rmtree(directory)
-    write_step(log, 1)
-    assert set(log.sizes()) == {METRICS, SAMPLES, TIMINGS}
+# Catches: the file kept open, so that later lines go to a file that nobody can see.
+def test_the_log_goes_on_in_a_file_that_was_removed_or_replaced(two_steps, capsys):
+    directory, sizes = two_steps
+    log = RunLog(directory, sizes)
+    (directory / METRICS).unlink()
+    (directory / TIMINGS).rename(directory / "moved")
+    (directory / TIMINGS).write_text('{"step": 0}\n')
+    write_step(log, 2)
+    write_step(log, 3)
     log.close()
-    assert capfd.readouterr() == ("", "")
+    steps = [[r["step"] for r in log.read(name)] for name in (METRICS, SAMPLES, TIMINGS)]
+    assert steps == [[2, 3], [1, 2, 3], [0, 2, 3]]
+    assert log.sizes == {name: (directory / name).stat().st_size for name in log.sizes}
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split(", which")[0] for line in warnings] == [
+        f"warning: another program changed {directory / name}" for name in (METRICS, TIMINGS)
+    ]
+
+
+# Catches: a log that was shortened is continued without a word.
+def test_lines_that_are_missing_at_a_resume_are_reported(two_steps, capsys):
+    directory, sizes = two_steps
+    (directory / METRICS).write_text("")
+    RunLog(directory, sizes).close()
+    assert capsys.readouterr().out == (
+        f"warning: lines are missing in {directory / METRICS}: it has 0 of {sizes[METRICS]} bytes\n"
+    )
+
+
+# Catches: the whole file in memory; a limit of 1 GB on our own file, which ended every resume.
+def test_a_log_is_read_as_a_stream(tmp_path):
+    size = 4 * 10**6
+    line = json.dumps({"step": 1, **SAMPLE, "text": 10_000 * "x"}) + "\n"
+    (tmp_path / SAMPLES).write_text(line * (size // len(line)))
+    tracemalloc.start()
+    count = sum(1 for _ in read_log(tmp_path / SAMPLES, SampleLine))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == size // len(line)
+    assert peak < size / 10
+
+
+# Catches: progress.update left out; the files' lines collected in a list.
+def test_a_signal_ends_the_drawing_of_a_long_log(two_steps):
+    directory, sizes = two_steps
+
+    class Signalled(RecordingProgress):
+        def update(self, n=0, **counts):
+            super().update(n, **counts)
+            raise InterruptedError
+
+    progress = Signalled()
+    with pytest.raises(InterruptedError):
+        RunLog(directory, sizes, progress)
+    assert progress.phases == [("TensorBoard", 3)]
+    assert progress.updates == [("TensorBoard", 1)]
 
 
 # ---------------------------------------------------------------- damaged files
@@ -165,7 +215,7 @@ def test_an_error_names_the_file_and_the_damaged_line(kind, line, tmp_path):
     good = {"step": 1, **SAMPLE} if kind is SampleLine else {"step": 1}
     (tmp_path / "x.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2\b") as error:
-        read_log(tmp_path / "x.jsonl", kind)
+        list(read_log(tmp_path / "x.jsonl", kind))
     assert str(error.value).startswith(str(tmp_path))
     assert "remove the line" in str(error.value)
     assert "\n" not in str(error.value)

@@ -13,6 +13,7 @@ from harness.metrics import (
     compare_models,
     diagnose,
     evaluation_metrics,
+    keeps_samples,
     model_summary,
     paired_p_value,
     pass_at_k,
@@ -338,6 +339,22 @@ def test_a_diagnosis_says_what_to_try(recent, advice):
 )
 def test_there_is_no_diagnosis_without_a_reason(recent):
     assert diagnose(recent) == set()
+
+
+# Catches: the middle kept; the count taken before the cut.
+def test_of_a_long_answer_the_middle_is_left_out():
+    text = 5000 * "a" + 1234 * "b" + 5000 * "c"
+    for sample in pick_samples([episode(text=text), episode(text="d")], [0.0, 0.0], [text])[::2]:
+        expected = 5000 * "a" + " [… 1,234 characters …] " + 5000 * "c"
+        assert sample["text"] == sample["question"] == expected
+    assert pick_samples([episode(text=10_000 * "a")], [0.0], ["?"])[0]["text"] == 10_000 * "a"
+
+
+def test_the_samples_of_a_long_run_are_thinned_out():
+    assert all(keeps_samples(step) for step in range(1000))
+    assert [s for s in range(1000, 1030) if keeps_samples(s)] == [1000, 1010, 1020]
+    assert [s for s in range(12_300, 12_600) if keeps_samples(s)] == [12_300, 12_400, 12_500]
+    assert sum(map(keeps_samples, range(10**5))) == 1000 + 2 * 900
 
 
 # ---------------------------------------------------------------- an evaluation, the docs

@@ -463,6 +463,48 @@ def test_a_closed_pipe_ends_the_run_with_its_weights_saved(base_model, processes
         f"error: [Errno 32] Broken pipe\n{tmp_path}/run/checkpoints/{name} is saved; "
         "continue with the same command and --resume\n"
     )
+    # Catches: the step counted before its log is on disk; then the resumed run lacks its lines.
+    last = int(name.removeprefix("step-")) + 1
+    processes.finish([*arguments, "--resume", f"training.max_steps={last}"])
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, last + 1))
+
+
+# Catches: the weights saved although the log of their step is incomplete.
+@pytest.mark.parametrize(("interval", "call"), [(2, 0), (2, 1), (100, 2)])
+def test_a_step_whose_log_cannot_be_written_is_not_saved(
+    interval, call, base_model, unbroken, tmp_path, capsys
+):
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    # Three files are written in a step, two in an evaluation and one with a checkpoint.
+    plain, calls = run.RunLog.write, 2 * 2 + 3 * 3 + (interval == 2) + 1 + call  # of step 4
+    arguments = command(tmp_path / "run", base_model, f"training.ckpt_save_interval={interval}")
+    with pytest.MonkeyPatch.context() as patch:
+        write = Planted(lambda *args: None, full_disk, [calls])
+        patch.setattr(run.RunLog, "write", lambda *args: write() or plain(*args))
+        assert train.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 28] No space left on device")
+    assert ("step-000002 is saved" in error) == (interval == 2)
+    assert "the steps after" in error
+    resume = [*command(tmp_path / "run", base_model), "--resume"]
+    assert train.main(resume) == 0
+    assert_same_run(tmp_path / "run", unbroken.directory)
+
+
+def test_a_log_removed_during_the_run_goes_on_and_the_run_succeeds(base_model, tmp_path, capsys):
+    # Catches: metrics.jsonl read at the end.
+    log = tmp_path / "run/metrics.jsonl"
+    with planted(lambda reward: log.unlink() or reward, reward_call(step=5)):
+        assert train.main(command(tmp_path / "run", base_model)) == 0
+    log.unlink()
+    output = capsys.readouterr().out
+    assert f"warning: another program changed {log}" in output
+    assert [line[:14] for line in output.splitlines()[-3:-1]] == [
+        "after step 0, ",
+        "after step 6, ",
+    ]
 
 
 @contextlib.contextmanager
