@@ -109,8 +109,7 @@ def save_checkpoint(
             f"the checkpoint of step {state.step} could not be written to {directory}: {error}"
         ) from None
     finally:
-        if world.rank == 0:
-            _remove(partial)
+        _remove(partial)
     if world.rank == 0 and keep is not None:
         until_now = [p for p in checkpoints(directory) if int(p.name[5:]) <= state.step]
         for old in until_now[:-keep]:
@@ -146,6 +145,11 @@ def _check_room(directory: Path, tensor_bytes: int) -> None:
 
 def _complete(partial: Path, final: Path, sums: dict[str, str]) -> None:
     """Add the missing checksums, sync every file, and give the directory its final name."""
+    if unseen := [name for name in sums if not (partial / name).is_file()]:
+        raise OSError(
+            f"{', '.join(unseen)} of another rank is not in {partial}; all ranks must see one "
+            "output_dir, on a shared file system"
+        )
     for file in partial.iterdir():
         if file.name not in sums:
             sums[file.name] = checksum(file)

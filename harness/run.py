@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ import torch
 import gpu
 from data_types import Episode, Question, SingleProcess, UpdateStats
 from flat import norm
-from grpo import episode_advantages
+from grpo import draw_problems, episode_advantages, make_question
 from harness import console, cpu
 from harness.checkpoint import (
     NotSaved,
@@ -135,6 +136,13 @@ class Run:
             self.lock = OutputLock(self.directory)
             self._closing.callback(self.lock.release)
         holds_run = self.world.all_gather_objects(self.config_path.exists())[0]
+        is_seen = self.directory.is_dir() and self.config_path.exists() == holds_run
+        seen = self.world.all_gather_objects(is_seen)
+        if not all(seen):
+            raise ValueError(
+                f"output_dir={self.directory} is not the same directory on ranks 0 and "
+                f"{seen.index(False)}; all ranks must see one, on a shared file system"
+            )
         if holds_run and not arguments.resume:
             raise ValueError(
                 f"output_dir={self.directory} holds a run; add --resume to continue it, or choose "
@@ -217,6 +225,8 @@ class Run:
         self.saved_step, self.skipped_in_a_row = self.first, 0
         self.latest: dict[str, console.Progress] = {}  # by name, for example "rollout"
         self.recent, self.warned = [], set()  # metrics of the last steps; warnings given so far
+        if self.world.size > 1:
+            self._check_that_ranks_agree()
         if self.world.rank == 0:
             self._write_config()
             progress = console.Progress("start", self._check)
@@ -232,6 +242,28 @@ class Run:
             f"{len(train):,} training and {len(held_out):,} held-out questions, {self.last} steps, "
             f"{ranks} process{'' if ranks == 1 else 'es'}"
         )
+
+    def _check_that_ranks_agree(self) -> None:
+        """Raises ValueError, naming what differs, if the ranks would not compute the same step."""
+        training, train_problems = self.config.training, self.problems[0]
+        count, first_step = training.num_questions_per_batch, self.first + 1
+        problems = draw_problems(train_problems, first_step, count=count, seed=training.seed)
+        questions = [make_question(self.task, problem, self.tokenizer) for problem in problems]
+        prompts = repr([question.prompt_token_ids for question in questions]).encode()
+        local = self.config.model_dump(mode="json") | {
+            "checksum of the first prompts": zlib.crc32(prompts),
+            # A sum of integers is exact in any order.
+            "sum of the weights' bits": int(
+                self.optimizer.weights.view(torch.int16).sum(dtype=torch.int64)
+            ),
+        }
+        first, *others = self.world.all_gather_objects(local)
+        for rank, other in enumerate(others, 1):
+            for key, a, b in differences(first, other):
+                raise ValueError(
+                    f"{key} is {a!r} on rank 0 and {b!r} on rank {rank}; start all ranks with the "
+                    "same command, the same code and the same files"
+                )
 
     def _write_config(self) -> None:
         partial = self.directory / "config.yaml.partial"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,19 @@ from data_types import SingleProcess
 from flat import flatten
 from generate import SamplingParams, generate
 from grpo import update_policy
-from harness.checkpoint import read_checkpoint
+from harness.checkpoint import NotSaved, TrainerState, read_checkpoint, save_checkpoint
 from harness.config import load_config
 from harness.plan import find_shape, make_plan
 from optimizer import AdamW
-from tests.helpers import RecordingProgress, episode, random_model, random_tokens
+from tests.helpers import (
+    RecordingProgress,
+    episode,
+    random_model,
+    random_tokens,
+    write_word_tokenizer,
+)
 from tests.tables import largest_that_fit
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -247,11 +255,17 @@ RESUME = "--resume"
 
 
 def launch(
-    size: int, directory: Path, model: Path, *arguments: str, options=(), **environment: str
+    size: int,
+    directory: Path,
+    model: Path,
+    *arguments: str,
+    options=(),
+    program="train.py",
+    **environment: str,
 ) -> tuple[int, str]:
     """Returns the exit code and the output, stdout and stderr together."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += [*options, "train.py", "--config", "config_tiny.yaml", *SMALL]
+    command += [*options, program, "--config", "config_tiny.yaml", *SMALL]
     command += [f"output_dir={directory}", f"model.path={model}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(
@@ -383,7 +397,8 @@ torch.distributed.reduce_scatter_tensor = reduce_scatter
 def render_prompt(problem, tokenizer):
     global prompts
     prompts += 1
-    if prompts == 5 + 2 * 4 + 2 and what not in ("memory", "collective") and is_due():
+    # 5 held-out questions, 4 that the ranks compare at the start, 4 in each of two steps
+    if prompts == 5 + 4 + 2 * 4 + 2 and what not in ("memory", "collective") and is_due():
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "launcher":
@@ -396,6 +411,73 @@ def render_prompt(problem, tokenizer):
             raise ZeroDivisionError("planted")
     return letters_task.render_prompt(problem, tokenizer)
 '''
+
+
+# The second rank differs from the first in one thing.
+APART = """
+import os, sys
+import torch, train
+from tests import letters_task
+
+arguments, what = sys.argv[1:], os.environ["WHAT"]
+if os.environ["RANK"] == "1":
+    if what == "config":
+        arguments.append("training.learning_rate=0.002")
+    if what == "prompts":
+        plain = letters_task.render_prompt
+        letters_task.render_prompt = lambda *args: "Hello! " + plain(*args)
+    if what == "weights":
+        load = train.Transformer.from_pretrained
+        def load_other(*args, **kwargs):
+            model = load(*args, **kwargs)
+            next(model.parameters()).data[3, 5] += 1e-3
+            return model
+        train.Transformer.from_pretrained = load_other
+    if what == "directory":
+        arguments.append(f"output_dir={os.environ['OTHER']}")
+sys.exit(train.main(arguments))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("config", "training.learning_rate is 0.0003 on rank 0 and 0.002 on rank 1"),
+        ("prompts", "checksum of the first prompts is "),
+        ("weights", "sum of the weights' bits is "),
+        ("directory", "is not the same directory on ranks 0 and 1"),
+    ],
+)
+def test_ranks_that_differ_end_before_the_first_step(what, message, base_model, tmp_path):
+    # Catches: the ranks not compared; a message that is not the same on all ranks.
+    (tmp_path / "apart.py").write_text(APART)
+    environment = {"WHAT": what, "OTHER": str(tmp_path / "other")}
+    program = str(tmp_path / "apart.py")
+    code, output = launch(2, tmp_path / "run", base_model, program=program, **environment)
+    assert code != 0
+    [line] = messages(output)
+    assert line.startswith("rank 0: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def save_to_two_disks(directory: Path, world) -> str:
+    model = random_model()
+    tokenizer = Tokenizer.from_pretrained(write_word_tokenizer(directory, size=7, stop_ids=[2]))
+    optimizer = AdamW(model.parameters(), lr=1e-3, world=world)
+    state = TrainerState(step=3, optimizer_steps=3, log_sizes={}, config={})
+    with pytest.raises(NotSaved) as caught:
+        save_checkpoint(directory / str(world.rank), model, tokenizer, optimizer, state, keep=1)
+    return str(caught.value)
+
+
+def test_a_checkpoint_without_the_part_of_a_rank_is_not_completed(tmp_path):
+    # Catches: complete.json written although a file that it names is on another disk.
+    for message in run_ranks(2, partial(save_to_two_disks, tmp_path)):
+        assert "optimizer-00002-of-00002.tensors of another rank is not in" in message
+        assert "all ranks must see one output_dir" in message
+    assert [list((tmp_path / rank).iterdir()) for rank in ("0", "1")] == [[], []]
 
 
 def messages(output: str) -> list[str]:
