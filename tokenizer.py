@@ -115,7 +115,9 @@ def _explained(problem: str) -> Iterator[None]:
     """Turn any error inside into a ValueError that states the problem and the fix."""
     try:
         yield
-    except Exception as error:  # tokenizers raises a bare Exception, a template any type at all
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers panics with one; a template raises any type at all
         raise ValueError(f"{problem} ({error}); fix it, or fetch the model again") from None
 
 

@@ -185,6 +185,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a directory
+            raise
     finally:
         os.close(descriptor)
 

@@ -525,12 +525,13 @@ class Run:
         else:
             is_safe = isinstance(error, Interrupted) or self.phase != "update"
         failure = ""
-        if is_safe and not isinstance(error, NotSaved):
+        if is_safe:
             try:
                 if self.world.all_gather_objects(self._has_unsaved_steps())[0]:
                     self._save()
             except (OSError, RankFailure) as reason:
-                failure = f": {reason}"
+                if str(reason) != str(error):  # a save that failed may fail again
+                    failure = f": {reason}"
         text, path = "", checkpoint_path(self.checkpoints, self.saved_step)
         if self._has_unsaved_steps():
             text = f"\nthe steps after {self.saved_step} are lost{failure}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG
+from helpers import CONFIG, write_word_tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
@@ -274,6 +274,16 @@ def test_a_text_on_which_the_tokenizer_fails_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"fails on 'hi'.*fetch the model again") as caught:
         Tokenizer.from_pretrained(tmp_path).encode("hi")
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_panic_of_the_tokenizer_is_named(tmp_path):
+    # Catches: `except BaseException` -> `except Exception`; a panic in Rust is no Exception.
+    path = write_word_tokenizer(tmp_path, size=7, stop_ids=[2]) / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    changes = {"pre_tokenizer": split | {"invert": False}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"fails on 'aaaa.*fetch the model again"):
+        Tokenizer.from_pretrained(tmp_path).encode(40 * "a" + "b")
 
 
 # ---------------------------------------------------------------- chat templates

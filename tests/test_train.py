@@ -1,6 +1,7 @@
 """Whole runs: they resume exactly, survive damage, signals and errors, and name what is missing."""
 
 import contextlib
+import errno
 import gc
 import json
 import math
@@ -9,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import zlib
@@ -540,6 +542,37 @@ def test_a_full_disk_keeps_the_last_checkpoint(full, finished, capsys):
     assert kept.startswith(f"{directory}/checkpoints/step-000004 is saved")
     assert saved(directory) == ["step-000002", "step-000004"]
     assert train.main(arguments) == 0
+
+
+def test_checkpoints_removed_during_a_save_are_made_again(base_model, tmp_path, capsys):
+    # Catches: no second attempt after a save that failed.
+    plain, calls = Tokenizer.save_pretrained, []
+
+    def save_pretrained(self, directory):
+        calls.append(directory)
+        if len(calls) == 2:  # the checkpoint of step 4
+            shutil.rmtree(tmp_path / "run/checkpoints")
+        else:
+            plain(self, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "save_pretrained", save_pretrained)
+        assert train.main(command(tmp_path / "run", base_model)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the checkpoint of step 4 could not be written")
+    assert "step-000004 is saved" in error
+    assert saved(tmp_path / "run") == ["step-000004"]
+
+
+def test_a_file_system_that_cannot_sync_a_directory_is_no_error(base_model, tmp_path, monkeypatch):
+    def refuse_directories(descriptor, plain=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=2")) == 0
+    assert saved(tmp_path / "run") == ["step-000002"]
 
 
 # ---------------------------------------------------------------- checkpoints
