@@ -1,6 +1,7 @@
 """What the user sees: a bar for the current phase, one line per step, messages and exit codes."""
 
 import functools
+import io
 import os
 import shutil
 import sys
@@ -108,6 +109,13 @@ def printable(text: str) -> str:
     )
 
 
+def prepare_streams() -> None:
+    """Escape what a terminal or pipe that is not UTF-8 cannot show, instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def log(text: str = "") -> None:
     """Print a line to stdout, above the bar if there is one."""
     tqdm.write(printable(text))
@@ -135,6 +143,7 @@ def with_exit_code(command: Callable[[list[str] | None], None]) -> Callable[...,
 
     @functools.wraps(command)
     def main(argv: list[str] | None = None) -> int:
+        prepare_streams()
         try:
             command(argv)
         except (ValueError, OSError) as error:

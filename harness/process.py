@@ -5,6 +5,8 @@ import os
 import signal
 from pathlib import Path
 
+from harness.console import log
+
 
 class Interrupted(BaseException):
     """A signal asks the run to stop. Raised only where no work is half done."""
@@ -57,6 +59,8 @@ class OutputLock:
             raise ValueError(
                 f"{path} is in use by another run; wait for it to end, or choose another output_dir"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            log(f"warning: {path} cannot be locked ({error.strerror}); let no other run use it")
 
     def is_replaced(self) -> bool:
         """True if the path now leads to another directory, which another run may use."""

@@ -83,7 +83,9 @@ class Run:
         self.exit_code, self.phase, self.plan, self.has_begun = 0, "preparation", None, False
         self.signals, self.world = Signals(), SingleProcess()
         self._closing = contextlib.ExitStack()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        console.prepare_streams()
+        # A WORLD_SIZE without a RANK is left over from something else.
+        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.world = Torchrun()
             self._closing.callback(self.world.close)
         if self.world.rank > 0:  # rank 0 prints for all of them
@@ -435,6 +437,12 @@ class Run:
         self.evaluations.append(metrics)
         mean_length = metrics["eval/mean_length"]
         console.log(f"step {step}: {_success(metrics)}, mean length {mean_length:.0f}")
+        first = self.evaluations[0]
+        if metrics["eval/success_high"] < first["eval/success_low"]:
+            console.log(
+                f"warning: that is less than after step {first['step']}: the model gets worse; "
+                "start again with a lower training.learning_rate"
+            )
 
     def _check_directory(self) -> None:
         if self.lock.is_lost():
@@ -555,6 +563,10 @@ class Run:
             first, last = self.evaluations[0], self.evaluations[-1]
             outcome = "\n".join(f"after step {e['step']}, {_success(e)}" for e in (first, last))
             text = f"{outcome}\n{text}"
+            best = max(self.evaluations, key=lambda e: e["eval/success"])
+            best_path = checkpoint_path(self.checkpoints, best["step"])
+            if best["eval/success"] > last["eval/success"] and best_path.is_dir():
+                text += f"\n{best_path} did best: {_success(best)}"
         return text
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import io
 import json
 import math
 import os
@@ -902,6 +903,56 @@ def test_less_memory_gives_the_same_answers(finished_run, base_model, tmp_path, 
     theirs = (finished_run / "samples.jsonl").read_text().splitlines()[: len(ours)]
     assert [json.loads(a)["text"] for a in ours] == [json.loads(b)["text"] for b in theirs]
     assert slots[1:3] == [3, 3]
+
+
+# ---------------------------------------------------------------- the machine and the console
+
+
+def test_a_stream_that_is_not_utf_8_shows_escapes(base_model, tmp_path, monkeypatch):
+    # Catches: a fault at the first Δ.
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
+    stream.flush()
+    assert b"\\u0394logp" in stream.buffer.getvalue()
+
+
+def test_a_world_size_that_is_left_over_is_ignored(base_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run.OutputLock(tmp_path).release()
+    assert f"{tmp_path} cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_model_that_gets_worse_is_noticed_and_the_best_checkpoint_named(
+    base_model, tmp_path, monkeypatch, capsys
+):
+    # Catches: the intervals swapped; the last checkpoint called the best.
+    answers, plain = iter([60, 80, 10]), train.rollout
+
+    def rollout(*args, num_answers, **kwargs):
+        episodes = plain(*args, num_answers=num_answers, **kwargs)
+        if num_answers > 1:
+            return episodes
+        good = next(answers)
+        rewards = [Reward(1.0, {"answer": float(e.question_id < good)}) for e in episodes]
+        return [replace(e, reward=r) for e, r in zip(episodes, rewards, strict=True)]
+
+    monkeypatch.setattr(train, "rollout", rollout)
+    settings = ["data.test_size=100", "training.eval_interval=2", "training.max_steps=4"]
+    assert train.main(command(tmp_path / "run", base_model, *settings)) == 0
+    output = capsys.readouterr().out
+    assert output.count("warning: that is less than after step 0") == 1
+    last = output.splitlines()[-1]
+    assert last.startswith(f"{tmp_path}/run/checkpoints/step-000002 did best: 80.0%")
 
 
 # ---------------------------------------------------------------- values that are not finite
