@@ -1,5 +1,6 @@
 """Text to token ids and back, the model's chat template, and the ids that end an answer."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class Tokenizer:
     """The published tokenizer of a model directory.
 
     stop_ids: every id that ends an answer.
+    stop_conflict: what the files say about them, in one line; "" if they agree.
     vocab_size: the largest id plus 1. The model's head may have more rows; never sample those.
     """
 
@@ -44,7 +46,7 @@ class Tokenizer:
         self._fast.no_padding()
         self._special_tokens = _special_tokens(settings)
         known_ids = set(self._fast.get_vocab(with_added_tokens=True).values())
-        self.stop_ids = self._read_stop_ids(known_ids)
+        self.stop_ids, self.stop_conflict = self._read_stop_ids(known_ids)
         self.vocab_size = max(known_ids) + 1
         self._chat_template = _read_chat_template(directory, settings)
         # Kept in memory, because a resumed run later deletes the checkpoint that it read them from.
@@ -82,20 +84,36 @@ class Tokenizer:
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
 
-    def _read_stop_ids(self, known_ids: set[int]) -> frozenset[int]:
-        """eos_token_id of generation_config.json, an int or a list; without it, eos_token."""
-        path = self._directory / "generation_config.json"
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is None:
-            ids = self._fast.token_to_id(self._special_tokens.get("eos_token", ""))
-        if not isinstance(ids, list):
-            ids = [ids]
-        if not ids or not all(type(i) is int and i in known_ids for i in ids):
+    def _read_stop_ids(self, known_ids: set[int]) -> tuple[frozenset[int], str]:
+        """The ids that any of the files names, and what the files say if they disagree.
+
+        A fine-tuned model often names the end of its turns in only one of them. They agree if the
+        first file that names any, which other programs obey, names all.
+        """
+        named = {}
+        for name in ("generation_config.json", "config.json"):
+            path = self._directory / name
+            ids = read_json(path).get("eos_token_id") if path.exists() else None
+            named[name] = ids if isinstance(ids, list) else [ids]
+        eos_token = self._special_tokens.get("eos_token", "")
+        named["tokenizer_config.json"] = [self._fast.token_to_id(eos_token)]
+        named = {name: ids for name, ids in named.items() if ids and ids != [None]}
+        for name, ids in named.items():
+            if not all(type(i) is int and i in known_ids for i in ids):
+                raise ValueError(
+                    f"{self._directory / name}: stop ids {ids!r:.100} are not ids of the "
+                    "tokenizer; correct eos_token_id in that file"
+                )
+        if not named:
             raise ValueError(
-                f"{self._directory}: stop ids {ids!r:.100} are not ids of the tokenizer; set "
-                "eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
+                f"{self._directory} names no stop ids; set eos_token_id in generation_config.json, "
+                "or eos_token in tokenizer_config.json"
             )
-        return frozenset(ids)
+        stop_ids = frozenset(itertools.chain(*named.values()))
+        if stop_ids == set(next(iter(named.values()))):
+            return stop_ids, ""
+        texts = [f"{name}: {self.decode(sorted(ids))}" for name, ids in named.items()]
+        return stop_ids, f"answers end at {self.decode(sorted(stop_ids))} ({'; '.join(texts)})"
 
 
 def _special_tokens(settings: dict) -> dict[str, str]:

@@ -216,6 +216,8 @@ class Run:
                 f"{self.model_dir}: the tokenizer has {tokenizer.vocab_size} entries, but the "
                 f"model only {model.config.vocab_size} rows; they belong to different models"
             )
+        if tokenizer.stop_conflict:
+            console.log(f"note: {tokenizer.stop_conflict}")
         self._check_made_for(tokenizer)
         if self._optimizer_state:
             steps = self.state.optimizer_steps

@@ -54,7 +54,8 @@ def saved(request, tmp_path_factory) -> Path:
         source = directory / "source"
         make_tokenizer(source)
     Tokenizer.from_pretrained(source).save_pretrained(directory / "saved")
-    write_config(directory / "saved/config.json", asdict(CONFIG), torch.float32)
+    config = asdict(CONFIG) | {"eos_token_id": None}
+    write_config(directory / "saved/config.json", config, torch.float32)
     return directory / "saved"
 
 
@@ -205,21 +206,50 @@ def test_a_template_that_opens_the_thinking_is_not_opened_again(tmp_path, render
     assert answer.strip() == "<think>"
 
 
-STOPS = {  # generation_config.json, changes of tokenizer_config.json -> stop ids
-    "a list": ({"eos_token_id": [END, PAD]}, {}, {END, PAD}),
-    "an int": ({"eos_token_id": START}, {}, {START}),
-    "id 0": ({"eos_token_id": 0}, {}, {0}),
-    "no generation_config.json": (None, {}, {END}),
-    "eos_token as an object": (None, {"eos_token": {"content": "<start>"}}, {START}),
-    "eos_token_id is null": ({"eos_token_id": None}, {}, {END}),
-    "no eos_token_id": ({"temperature": 0.7}, {}, {END}),
+STOPS = {  # generation_config.json, changes of tokenizer_config.json, config.json -> stop ids
+    "a list": ({"eos_token_id": [END, PAD]}, {}, {}, {END, PAD}),
+    "an int": ({"eos_token_id": START}, {"eos_token": "<start>"}, {}, {START}),
+    "id 0": ({"eos_token_id": 0}, {"eos_token": None}, {}, {0}),
+    "no generation_config.json": (None, {}, {}, {END}),
+    "eos_token as an object": (None, {"eos_token": {"content": "<start>"}}, {}, {START}),
+    "eos_token_id is null": ({"eos_token_id": None}, {}, {"eos_token_id": None}, {END}),
+    "no eos_token_id": ({"temperature": 0.7}, {}, {}, {END}),
+    "an empty list": ({"eos_token_id": []}, {}, {}, {END}),
+    "an eos_token that is no token": ({"eos_token_id": PAD}, {"eos_token": "<no>"}, {}, {PAD}),
+    "only config.json": (None, {"eos_token": None}, {"eos_token_id": [END, PAD]}, {END, PAD}),
+    "the first names all": ({"eos_token_id": [END, PAD]}, {}, {"eos_token_id": PAD}, {END, PAD}),
+}
+CONFLICTS = {  # the same, with files that disagree
+    "the tokenizer": ({"eos_token_id": PAD}, {}, {}, {PAD, END}),
+    "config.json": ({"eos_token_id": END}, {}, {"eos_token_id": [END, PAD]}, {END, PAD}),
+    "all three": ({"eos_token_id": START}, {}, {"eos_token_id": PAD}, {START, PAD, END}),
+    "without the first": (None, {}, {"eos_token_id": PAD}, {PAD, END}),
 }
 
 
-# Catches: `ids is None` -> `not ids`, which loses id 0; eos_token preferred to eos_token_id.
-@pytest.mark.parametrize(("generation", "changes", "wanted"), STOPS.values(), ids=STOPS)
-def test_stop_ids(tmp_path, generation, changes, wanted):
+# Catches: `ids` -> `ids and ids[0]`, which loses id 0; only the first file read.
+@pytest.mark.parametrize(
+    ("generation", "changes", "config", "wanted"),
+    (STOPS | CONFLICTS).values(),
+    ids=STOPS | CONFLICTS,
+)
+def test_stop_ids_are_all_that_any_file_names(tmp_path, generation, changes, config, wanted):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert load(tmp_path, generation=generation, **changes).stop_ids == frozenset(wanted)
+
+
+# Catches: a conflict reported for the published models, whose config.json names one of two ids.
+def test_files_that_disagree_about_stop_ids_are_named(tmp_path):
+    for is_conflict, cases in ((False, STOPS), (True, CONFLICTS)):
+        for i, (generation, changes, config, _) in enumerate(cases.values()):
+            directory = tmp_path / f"{is_conflict}{i}"
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps(config))
+            tokenizer = load(directory, generation=generation, **changes)
+            assert bool(tokenizer.stop_conflict) == is_conflict
+    assert tokenizer.stop_conflict == (
+        "answers end at <end><pad> (config.json: <pad>; tokenizer_config.json: <end>)"
+    )
 
 
 BAD_STOPS = {
@@ -227,7 +257,7 @@ BAD_STOPS = {
     "negative": ({"eos_token_id": [END, -1]}, {}),
     "text": ({"eos_token_id": "<end>"}, {}),
     "text in a list": ({"eos_token_id": ["<end>"]}, {}),
-    "an empty list": ({"eos_token_id": []}, {}),
+    "an empty list": ({"eos_token_id": []}, {"eos_token": None}),
     "true": ({"eos_token_id": True}, {}),
     "a float": ({"eos_token_id": 256.0}, {}),
     "a list in a list": ({"eos_token_id": [[256]]}, {}),
