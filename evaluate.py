@@ -73,12 +73,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser = argparse.ArgumentParser(
         description="Score models on held-out questions. A run means its newest checkpoint."
     )
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL | key.path=value", help="one or two models; overrides")
-    add("--config", metavar="FILE", help="default: the config of the run, or config.yaml")
+    add, path = parser.add_argument, os.path.expanduser
+    name, text = "MODEL | key.path=value", "one or two models; overrides"
+    add("models", nargs="+", type=path, metavar=name, help=text)
+    text = "default: the config of the run, or config.yaml"
+    add("--config", type=path, metavar="FILE", help=text)
     add("--samples", type=int, default=1, metavar="K", help="answers per question (default: 1)")
     add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy decoding")
-    add("--json", metavar="FILE", help="write every answer and the results to this file")
+    text = "write every answer and the results to this file"
+    add("--json", type=path, metavar="FILE", help=text)
     add("--ask", metavar="QUESTION", help="print the model's answer; training.seed varies it")
     add(
         "--show",

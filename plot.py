@@ -10,6 +10,7 @@ curves.png in the first run's directory.
 import argparse
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description="Draw reward, held-out success, answer length and entropy of runs."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories with a metrics.jsonl")
-    parser.add_argument(
-        "--out", metavar="FILE", help=".png or .svg (default: curves.png in the first run)"
-    )
+    add, path = parser.add_argument, os.path.expanduser
+    add("runs", nargs="+", type=path, metavar="RUN", help="directories with a metrics.jsonl")
+    text = ".png or .svg (default: curves.png in the first run)"
+    add("--out", type=path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out or Path(arguments.runs[0]) / "curves.png")
     if out.suffix not in (".png", ".svg"):

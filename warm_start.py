@@ -21,6 +21,7 @@ avoid repeating itself the model only has to remember three pairs instead of thi
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -79,9 +80,8 @@ QWEN_WORDS = (
 @with_exit_code
 def main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Make the small base model of config_tiny.yaml.")
-    parser.add_argument(
-        "--out", default="models/tiny", help="new directory of the model (default: models/tiny)"
-    )
+    text = "new directory of the model (default: models/tiny)"
+    parser.add_argument("--out", type=os.path.expanduser, default="models/tiny", help=text)
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"supervised steps (default: {STEPS})"
     )

@@ -105,7 +105,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file and the files that it extends, then apply the overrides, `key.path=value`.
 
     Values are read as YAML, except that a text key such as output_dir takes everything after the
-    "=" as it is. "~" in output_dir, model.path and data.path is expanded.
+    "=" as it is. "~" in output_dir, model.path, data.path and `extends` is expanded.
 
     Raises FileNotFoundError, or ValueError with one line for each fault.
     """
@@ -121,7 +121,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     schema = Config[getattr(load_task(task), "Data", Data) if isinstance(task, str) else Any]
     fields = _fields(schema)
     for key, text in changes:
-        is_text = key in fields and fields[key].annotation is str
+        kind = fields[key].annotation if key in fields else None
+        is_text = kind in (str, Path) or (kind in (str | None, Path | None) and text != "null")
         value = text if is_text else _parse(text, f"{key}={text!r:.200}")
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -150,7 +151,7 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {raw!r:.200}; write key: value lines, as in config.yaml")
     if "extends" in raw:
-        base = path.parent / str(raw.pop("extends"))
+        base = path.parent / os.path.expanduser(str(raw.pop("extends")))
         raw = _merge(_read_yaml(base, (*extended_by, path.resolve())), raw)
     return raw
 

@@ -575,7 +575,8 @@ class Run:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """config, resume, plan (the number of GPUs, None without --plan) and overrides."""
     parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
-    parser.add_argument("--config", default="config.yaml", help="default: config.yaml")
+    path = os.path.expanduser  # a shell does not expand the "~" in --config=~/a.yaml
+    parser.add_argument("--config", type=path, default="config.yaml", help="default: config.yaml")
     mode = parser.add_mutually_exclusive_group()
     text = "continue the run in output_dir with its own config"
     mode.add_argument("--resume", action="store_true", help=text)

@@ -148,6 +148,34 @@ def test_the_home_directory_is_expanded(tmp_path, monkeypatch, key):
         assert flat(config)[key] == f"{tmp_path}/a~b"
 
 
+def test_a_base_file_in_the_home_directory_is_extended(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(f"extends: {TINY}\noutput_dir: x\n")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/a.yaml").write_text("extends: ~/base.yaml\n")
+    assert load_config(tmp_path / "inner/a.yaml").output_dir == "x"
+
+
+@pytest.mark.parametrize("kind", ["str | None", "Path", "Path | None", "Annotated[str, Field()]"])
+def test_a_text_key_of_a_task_may_be_declared_in_any_form(tmp_path, monkeypatch, kind):
+    # Catches: only `str` taken as text, so that "exp #2" becomes "exp" and "007" a number.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = f"task_with_{''.join(filter(str.isalpha, kind))}"
+    imports = "from pathlib import Path\nfrom typing import Annotated\n"
+    imports += "from pydantic import BaseModel, Field\n"
+    data = f"class Data(BaseModel):\n    path: {kind} = 'x'\n    test_size: int = 1\n"
+    (tmp_path / f"{name}.py").write_text(imports + TASK + data)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(load_config(TINY).model_dump() | {"data": {}}))
+    for text in ("exp #2", "007", "2024"):
+        assert str(load_config(path, [f"task={name}", f"data.path={text}"]).data.path) == text
+    home = load_config(path, [f"task={name}", "data.path=~/a"]).data.path
+    assert str(home) == f"{tmp_path}/a"
+    if "None" in kind:
+        assert load_config(path, [f"task={name}", "data.path=null"]).data.path is None
+
+
 # Catches: json.dumps in place of yaml.safe_dump.
 @settings(max_examples=100, deadline=None)
 @given(

@@ -383,6 +383,15 @@ def test_a_user_error_is_one_line_and_exit_code_2(arguments, message, models, ch
     assert not shown.out
 
 
+def test_the_home_directory_is_expanded(models, chance_task, tmp_path, monkeypatch, capsys):
+    _, config, *overrides = chance_task
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(models / "first", tmp_path / "model")
+    config = f"--config=~/{Path(config).relative_to(tmp_path)}"
+    assert evaluate.main(["~/model", config, *overrides, "--json=~/report.json"]) == 0
+    assert (tmp_path / "report.json").exists()
+
+
 def test_a_missing_gpu_is_an_error_with_the_way_out(models, chance_task, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert evaluate.main([str(models / "first"), *chance_task, "model.device=cuda"]) == 2

@@ -81,6 +81,13 @@ def test_a_run_without_training_steps_is_drawn_in_its_directory(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "a", reward=0.1)
+    assert plot.main(["~/a", "--out=~/b.png"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/b.png\n"
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
