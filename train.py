@@ -15,7 +15,12 @@ the step determine each random number, so on a CPU its results equal those of an
 bit for bit.
 """
 
+import os
 import sys
+
+# Before torch reads it: threads that wait sleep. If they spin beside another busy program, a step
+# takes twenty times as long (bench/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

@@ -49,6 +49,8 @@ SMALL = [
     "task=tests.letters_task",
 ]
 ANSWERS, HELD_OUT = 12, 5  # rewards per step and per evaluation
+TRIED = 4  # rewards before the model is loaded
+POLICY = "OMP_WAIT_POLICY"
 NEVER = "training.ckpt_save_interval=100"
 
 # With one thread, as in the other processes, sums are taken in the same order.
@@ -102,7 +104,24 @@ def planted(change, *calls: int, name: str = "reward"):
 
 def reward_call(step: int, answer: int = 7) -> int:
     """The call that scores an answer of a step of SMALL, which evaluates before steps 1 and 4."""
-    return HELD_OUT * (1 + (step > 3)) + ANSWERS * (step - 1) + answer
+    return TRIED + HELD_OUT * (1 + (step > 3)) + ANSWERS * (step - 1) + answer
+
+
+# ---------------------------------------------------------------- threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP prints its settings")
+@pytest.mark.parametrize("program", ["train", "evaluate", "warm_start"])
+def test_waiting_threads_sleep_unless_told_otherwise(program):
+    # Catches: the variable set after torch is imported, which is too late.
+    for policy in ("passive", "active"):
+        wanted = {"OMP_DISPLAY_ENV": "verbose"} | ({} if policy == "passive" else {POLICY: policy})
+        environment = {name: value for name, value in os.environ.items() if name != POLICY}
+        command = [sys.executable, "-c", f"import {program}"]
+        shown = subprocess.run(
+            command, cwd=ROOT, env=environment | wanted, capture_output=True, text=True, check=True
+        ).stderr
+        assert ("GOMP_SPINCOUNT = '0'" in shown) == (policy == "passive")
 
 
 # ---------------------------------------------------------------- killed runs
