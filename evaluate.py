@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
+
 import torch
 
 import gpu
@@ -34,7 +36,7 @@ from harness.console import Progress, log, printable, with_exit_code
 from harness.cuda import why_no_cuda
 from harness.log import SampleLine, read_log
 from harness.metrics import UNCOUNTED, answer_record, compare_models, model_summary, succeeded
-from harness.rewards import isolated_reward, load_problems, load_task
+from harness.rewards import call_task, describe, isolated_reward, load_problems, load_task, try_task
 from qwen2_model import Transformer
 from tokenizer import Tokenizer
 
@@ -158,6 +160,8 @@ class Evaluation:
     def score(self, directories: Sequence[Path], samples: int, json_path: str | None) -> None:
         """Print a table with one column per model; write every answer to json_path."""
         _, problems = load_problems(self.task, self.config.data)
+        tokenizer = Tokenizer.from_pretrained(directories[0])
+        try_task(self.task, problems[0], tokenizer, self.reward_function)
         answers = [self.answer(directory, problems, samples) for directory in directories]
         part_names = {name for episodes in answers for e in episodes for name in e.reward.parts}
         if not part_names & {"answer", "error"}:
@@ -211,7 +215,7 @@ class Evaluation:
                 f"--ask: task={self.config.task} has no parse_question(text) -> problem; add that "
                 "function to the file of the task"
             )
-        problem = self.task.parse_question(text)
+        problem = call_task(self.task, "parse_question", text)
         model, tokenizer = self.load(directory)
         question = make_question(self.task, problem, tokenizer)
         prompt, training = question.prompt_token_ids, self.config.training
@@ -289,13 +293,6 @@ def print_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool
         printed = len(complete)
     print(printable(answer[printed:]))
     return answer, finished
-
-
-def describe(reward: float | None, parts: dict[str, float | None]) -> str:
-    """For example "reward 1.1 (answer 1, format 1)". None means a number that was not finite."""
-    texts = {n: f"{math.nan if v is None else v:g}" for n, v in parts.items()}
-    total = math.nan if reward is None else reward
-    return f"reward {total:g} ({', '.join(f'{name} {text}' for name, text in texts.items())})"
 
 
 # ---------------------------------------------------------------- the samples of a run

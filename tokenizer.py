@@ -73,7 +73,8 @@ class Tokenizer:
 
         Raises ValueError if the template fails or the sandbox stops it.
         """
-        with _explained(f"{self._directory}: the chat template fails"):
+        fix = 'give it a list of {"role", "content"}, with roles that the template knows'
+        with _explained(f"{self._directory}: the chat template fails on {messages!r:.200}", fix):
             return self._chat_template.render(
                 messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
             )
@@ -97,19 +98,14 @@ class Tokenizer:
             named[name] = ids if isinstance(ids, list) else [ids]
         eos_token = self._special_tokens.get("eos_token", "")
         named["tokenizer_config.json"] = [self._fast.token_to_id(eos_token)]
-        named = {name: ids for name, ids in named.items() if ids and ids != [None]}
-        for name, ids in named.items():
-            if not all(type(i) is int and i in known_ids for i in ids):
-                raise ValueError(
-                    f"{self._directory / name}: stop ids {ids!r:.100} are not ids of the "
-                    "tokenizer; correct eos_token_id in that file"
-                )
-        if not named:
+        named = {name: ids for name, ids in named.items() if ids not in ([], [None])}
+        ids = list(itertools.chain(*named.values()))
+        if not ids or not all(type(i) is int and i in known_ids for i in ids):
             raise ValueError(
-                f"{self._directory} names no stop ids; set eos_token_id in generation_config.json, "
-                "or eos_token in tokenizer_config.json"
+                f"{self._directory}: stop ids {named!r:.200} are not ids of the tokenizer; set "
+                "eos_token_id in that file, or eos_token in tokenizer_config.json"
             )
-        stop_ids = frozenset(itertools.chain(*named.values()))
+        stop_ids = frozenset(ids)
         if stop_ids == set(next(iter(named.values()))):
             return stop_ids, ""
         texts = [f"{name}: {self.decode(sorted(ids))}" for name, ids in named.items()]
@@ -129,14 +125,14 @@ def _special_tokens(settings: dict) -> dict[str, str]:
 
 
 @contextmanager
-def _explained(problem: str) -> Iterator[None]:
+def _explained(problem: str, fix: str = "fix it, or fetch the model again") -> Iterator[None]:
     """Turn any error inside into a ValueError that states the problem and the fix."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers panics with one; a template raises any type at all
-        raise ValueError(f"{problem} ({error}); fix it, or fetch the model again") from None
+        raise ValueError(f"{problem} ({error}); {fix}") from None
 
 
 # ---------------------------------------------------------------- chat template

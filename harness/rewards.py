@@ -7,6 +7,7 @@ A task is a module that the config names (`task: countdown_task`), with these fu
     reward_function(response: str, **problem) -> Reward the score of the model's continuation
     parse_question(text: str) -> dict                   optional: for evaluate.py --ask
     problem_kind(problem: dict) -> str                  optional: evaluate.py reports each kind
+    right_answer(problem: dict) -> str                  optional: for train.py --try-task
 """
 
 import atexit
@@ -19,6 +20,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -35,6 +37,7 @@ from pydantic import BaseModel
 
 from data_types import Reward
 from harness.console import printable
+from tokenizer import Tokenizer
 
 FUNCTIONS = ("load_problems", "render_prompt", "reward_function")
 MAX_NUMBER = 1e6  # a finite reward beyond this is a bug in the task
@@ -42,6 +45,7 @@ MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may allocate
 MAX_REPLY = 2**20  # bytes
 SERVER_SECONDS = 1.0  # to wait before the second try to start a worker
 CHECK_SECONDS = 1.0  # how often a wait for the worker is checked for a signal
+JUNK = "</think> no idea\n<answer>1 / 0 = ² \0</answer>"
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -77,18 +81,66 @@ def load_task(name: str) -> ModuleType:
     return task
 
 
+def call_task(task: ModuleType, name: str, *arguments: Any) -> Any:
+    """Call a function of the task. Raises ValueError that names the task if the function fails.
+
+    The text of a ValueError that the code raises by itself is a message to the user. Anything else
+    is a bug, so the error names the function and the line. An OSError says enough.
+    """
+    try:
+        return getattr(task, name)(*arguments)
+    except OSError:
+        raise
+    except Exception as error:
+        message = str(error)
+        raised_by = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        if not isinstance(error, ValueError) or not raised_by.startswith("raise"):
+            line = _line_in_task(getattr(task, name), error)
+            message = f"{name} raised {error!r:.300} ({line})"
+        if isinstance(error, AttributeError) and isinstance(error.obj, BaseModel):
+            message += f"; declare data.{error.name} in a class Data, as in countdown_task.py"
+        raise ValueError(f"task={task.__name__!r}: {message}") from None
+
+
+def try_task(task: ModuleType, problem: dict, tokenizer: Tokenizer, reward: Callable) -> str:
+    """The prompt of a problem, and the rewards of answers that any reward function must survive.
+
+    Done before a model is loaded, so that a bug in the task shows at once. Raises ValueError.
+    """
+    prompt = call_task(task, "render_prompt", problem, tokenizer)
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(
+            f"task={task.__name__!r}: render_prompt returned {prompt!r:.100}; it must return the "
+            "prompt as text, for example tokenizer.render_chat(messages)"
+        )
+    answers = {"an empty answer": "", "junk": JUNK}
+    if hasattr(task, "right_answer"):
+        answers["a right answer"] = call_task(task, "right_answer", problem)
+    scored = {name: reward(answer, **problem) for name, answer in answers.items()}
+    lines = [f"{name}: {describe(r.total, r.parts)}" for name, r in scored.items()]
+    return "\n".join([f"{problem!r:.1000}", prompt, *lines, ""])
+
+
+def describe(reward: float | None, parts: dict[str, float | None]) -> str:
+    """For example "reward 1.1 (answer 1, format 1)". None means a number that was not finite."""
+    texts = {n: f"{math.nan if v is None else v:g}" for n, v in parts.items()}
+    total = math.nan if reward is None else reward
+    return f"reward {total:g} ({', '.join(f'{name} {text}' for name, text in texts.items())})"
+
+
 def load_problems(task: ModuleType, data: Any) -> tuple[Sequence[dict], Sequence[dict]]:
     """The task's training and held-out problems.
 
     Raises ValueError if there are none, or if the reward function does not accept their keys.
     """
-    loaded = task.load_problems(data)
+    loaded = call_task(task, "load_problems", data)
     try:
         train, test = loaded
         sizes = {"training": len(train), "held-out": len(test)}
     except (TypeError, ValueError):
+        found = re.sub(" at 0x[0-9a-f]+", "", repr(loaded))
         raise ValueError(
-            f"task={task.__name__!r}: load_problems returned {loaded!r:.100}; it must return two "
+            f"task={task.__name__!r}: load_problems returned {found:.100}; it must return two "
             "lists of problems"
         ) from None
     for kind, problems in (("training", train), ("held-out", test)):
@@ -131,10 +183,12 @@ class IsolatedReward:
             return Reward(*outcome)
         if self.errors == "zero":
             return Reward(0.0, {"error": 1.0})
+        fix = "Fix the function, or set training.reward_errors=zero to score such answers 0"
+        if outcome.startswith("returned"):  # which has little to do with this answer
+            fix = "Fix the function"
         raise ValueError(
             f"the reward function {outcome}. The question was {problem!r:.300} and the answer "
-            f"{response!r:.300}. Fix the function, or set training.reward_errors=zero to score "
-            "such answers 0"
+            f"{response!r:.300}. {fix}"
         )
 
     def close(self) -> None:
@@ -294,11 +348,7 @@ def _as_numbers(reward: Any) -> tuple[float, dict[str, float]] | str:
     Anything that can be added to a float is a number, NumPy's included.
     """
     if not isinstance(reward, Reward):
-        total = reward if isinstance(reward, int | float) else "total"
-        return (
-            f"returned {reward!r:.100}, not a Reward; write "
-            f'return Reward({total}, {{"answer": {total}}})'
-        )
+        return f'returned {reward!r:.100}; write return Reward(x, {{"answer": x}}) with a number x'
     if not isinstance(reward.parts, dict) or not all(
         isinstance(name, str) and name.isprintable() for name in reward.parts
     ):

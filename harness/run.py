@@ -44,7 +44,7 @@ from harness.metrics import (
 )
 from harness.plan import GIB, absent_model, find_shape, make_plan
 from harness.process import Interrupted, OutputLock, Signals
-from harness.rewards import isolated_reward, load_problems, load_task
+from harness.rewards import isolated_reward, load_problems, load_task, try_task
 from optimizer import AdamW
 from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
@@ -98,9 +98,12 @@ class Run:
     def open(self, argv: list[str] | None) -> None:
         """Read the command line and the config, lock the output directory, find where to begin.
 
-        Raises ValueError or OSError for a user error, and Finished after --plan.
+        Raises ValueError or OSError for a user error, and Finished after --plan and --try-task.
         """
         arguments = parse_arguments(argv)
+        if arguments.try_task:
+            _show_task(load_config(arguments.config, arguments.overrides))
+            raise Finished
         if arguments.plan:
             config = load_config(arguments.config, arguments.overrides)
             shape = find_shape(config.model.path)
@@ -124,6 +127,9 @@ class Run:
         self.plan = make_plan(config, shape, cards=self.world.size, held_out=held_out)
         if config.model.device == "cuda":
             check_cuda(config, self.plan)
+        tokenizer = Tokenizer.from_pretrained(self.model_dir)
+        for problems in self.problems:
+            try_task(self.task, problems[0], tokenizer, self.reward)
 
     def _open_directory(self, arguments: argparse.Namespace) -> None:
         """Lock the output directory. Set config, state and model_dir of a new or resumed run."""
@@ -581,6 +587,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "continue the run in output_dir with its own config"
     mode.add_argument("--resume", action="store_true", help=text)
     num_ranks = os.environ.get("WORLD_SIZE", "1")
+    text = "print two prompts of the task and its rewards of made-up answers, and exit"
+    mode.add_argument("--try-task", action="store_true", help=text)
     text = "print the memory that the run needs on each of CARDS GPUs (default: 1), and exit"
     mode.add_argument("--plan", nargs="?", const=num_ranks, metavar="CARDS", help=text)
     text = "for example training.learning_rate=5e-6"
@@ -605,6 +613,18 @@ def _prepare_process(config: Config) -> None:
     cpu.prepare_process()
     if warning := cpu.warn_of_slow_dtype(getattr(torch, config.model.dtype)):
         console.log(f"warning: {warning}")
+
+
+def _show_task(config: Config) -> None:
+    """Print the prompt of a training and a held-out problem, and the rewards of some answers."""
+    task, model_dir = load_task(config.task), Path(config.model.path)
+    if not model_dir.exists():
+        raise FileNotFoundError(absent_model(model_dir))
+    tokenizer = Tokenizer.from_pretrained(model_dir)
+    timeout = config.training.reward_timeout
+    with contextlib.closing(isolated_reward(config.task, timeout=timeout, errors="stop")) as reward:
+        for problems in load_problems(task, config.data):
+            console.log(try_task(task, problems[0], tokenizer, reward))
 
 
 def _why_no_gpu() -> str:

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import countdown_task
+import train
 from data_types import Reward
 from harness.rewards import isolated_reward, load_problems, load_task
+from qwen2_model import Transformer
 from tests import misbehaving_task
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +142,110 @@ def test_problems_that_are_not_two_sequences_are_named(loaded):
         load_problems(task_of(loaded), None)
 
 
+def test_a_generator_of_problems_is_named_without_an_address():
+    with pytest.raises(ValueError, match="load_problems returned <generator object") as caught:
+        load_problems(task_of(problem for problem in ()), None)
+    assert "0x" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- a task with bugs
+
+WORDS = """
+from data_types import Reward
+
+def load_problems(data):
+    return [{"word": "ab"}], [{"word": "cd"}]
+
+def render_prompt(problem, tokenizer):
+    return tokenizer.render_chat([{"role": "user", "content": problem["word"]}])
+
+def right_answer(problem):
+    return problem["word"][::-1]
+
+def reward_function(response, word):
+    return Reward(float(response == word[::-1]), {"answer": float(response == word[::-1])})
+"""
+CHAT = 'tokenizer.render_chat([{"role": "user", "content": problem["word"]}])'
+BUGS = {  # name -> (text, its replacement, what the message says)
+    "attribute": (
+        'return [{"word": "ab"}]',
+        "return data.words",
+        ["load_problems raised AttributeError", "py:5", "declare data.words in a class Data"],
+    ),
+    "value": ('return [{"word": "ab"}]', 'return int("ab")', ['ValueError("invalid lit', "py:5"]),
+    "message": (
+        'return [{"word"',
+        'raise ValueError("no data")\n    return [{"word"',
+        ["': no data"],
+    ),
+    "messages": (CHAT, CHAT[22:-1], ["render_prompt returned [{'role'", "tokenizer.render_chat("]),
+    "empty": (CHAT, '""', ["render_prompt returned ''"]),
+    "key": ('content": problem["word"]', 'content": problem["text"]', ["KeyError('text')", "py:8"]),
+    "chat": (
+        CHAT,
+        'tokenizer.render_chat("hi")',
+        ["fails on 'hi'", 'a list of {"role", "content"}'],
+    ),
+    "number": ("Reward(float(r", "0.5, (float(r", ["returned (0.5, (", 'Reward(x, {"answer": x})']),
+    "index": (
+        "    return Reward(",
+        "    response.split()[0]\n    return Reward(",
+        ["IndexErr", "py:14"],
+    ),
+    "right": (
+        'problem["word"][::-1]',
+        'problem["answer"]',
+        ["right_answer raised KeyErr", "py:11"],
+    ),
+}
+
+
+def write_task(directory: Path, monkeypatch, name: str, text: str) -> list[str]:
+    """Write a task. Returns the arguments of train.py that select it."""
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setattr(Transformer, "from_pretrained", None)  # nothing here may load a model
+    write_module(directory, name, text)
+    arguments = [f"output_dir={directory}/run", f"task={name}", "training.reward_timeout=120"]
+    arguments += ["data={path: x, test_size: 1}", "model.device=cpu", "model.dtype=float32"]
+    return ["--config", str(ROOT / "config.yaml"), *arguments, "model.path=models/tiny"]
+
+
+# Catches: a bug blamed on the model ("fetch the model again"), or shown without its line.
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_a_task_is_named_before_a_model_is_loaded(name, tmp_path, monkeypatch, capsys):
+    bug, replacement, expected = BUGS[name]
+    assert bug in WORDS
+    arguments = write_task(
+        tmp_path, monkeypatch, f"task_{name}", WORDS.replace(bug, replacement, 1)
+    )
+    for option in ([], ["--try-task"]):
+        assert train.main([*arguments, *option]) == 2
+        error = capsys.readouterr().err
+        assert [part for part in [f"task_{name}", *expected] if part not in error] == []
+        assert error.count("\n") == 1
+        assert "fetch the model" not in error
+        assert ("reward_errors" in error) == (
+            name == "index"
+        )  # only this one depends on the answer
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_task_can_be_tried_without_a_model(tmp_path, monkeypatch, capsys):
+    # Catches: only training problems; right_answer left out; an output directory made.
+    assert train.main([*write_task(tmp_path, monkeypatch, "task_words", WORDS), "--try-task"]) == 0
+    out = capsys.readouterr().out
+    for word in ("ab", "cd"):
+        assert (
+            f"{{'word': '{word}'}}\n<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant"
+            in out
+        )
+    assert out.count("an empty answer: reward 0 (answer 0)\njunk: reward 0 (answer 0)\n") == 2
+    assert out.count("a right answer: reward 1 (answer 1)\n") == 2
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- isolated_reward
 
 
@@ -203,8 +309,8 @@ FAILING = {
     "exits": "raised SystemExit(0)",
     "raises_keyboard_interrupt": "raised KeyboardInterrupt()",
     "takes_other_keys": "raised TypeError",
-    "returns_a_float": 'returned 0.5, not a Reward; write return Reward(0.5, {"answer": 0.5})',
-    "returns_nothing": 'not a Reward; write return Reward(total, {"answer": total})',
+    "returns_a_float": 'returned 0.5; write return Reward(x, {"answer": x}) with a number x',
+    "returns_nothing": 'returned None; write return Reward(x, {"answer": x})',
 } | ({"allocates_too_much": "raised MemoryError"} if sys.platform == "linux" else {})
 
 
@@ -225,7 +331,8 @@ def test_an_answer_whose_reward_fails_scores_zero_or_stops_the_run(act, reward):
             assert f"{misbehaving_task.__file__}:" in message
             assert f"{{'act': '{act}'}}" in message
             assert "'an answer'" in message
-            assert "training.reward_errors=zero" in message
+            # Not the remedy where the return value is wrong, which it is for every answer.
+            assert ("training.reward_errors=zero" in message) == ("returned" not in message)
         reward.timeout = NEVER
         assert reward("an answer", act="good", total=7.0).total == 7.0
 
