@@ -148,12 +148,11 @@ class Evaluation:
     temperature: float
 
     def load(self, directory: Path) -> tuple[Transformer, Tokenizer]:
-        model = self.config.model
+        model, tokenizer = self.config.model, Tokenizer.from_pretrained(directory)
+        if tokenizer.stop_conflict:
+            log(f"note: {tokenizer.stop_conflict}")
         dtype = getattr(torch, model.dtype)
-        return (
-            Transformer.from_pretrained(directory, device=model.device, dtype=dtype),
-            Tokenizer.from_pretrained(directory),
-        )
+        return Transformer.from_pretrained(directory, device=model.device, dtype=dtype), tokenizer
 
     # ------------------------------------------------------------ held-out questions
 
@@ -263,7 +262,8 @@ def success(part: dict) -> str:
 
 def comparison_line(comparison: dict) -> str:
     return (
-        "difference {difference:+.1%}: better on {questions_better} questions, worse on "
+        f"difference {100 * comparison['difference']:+.1f} points: "
+        "better on {questions_better} questions, worse on "
         "{questions_worse}, p = {p:.2g} (exact paired test)".format(**comparison)
     )
 

@@ -47,11 +47,11 @@ class OutputLock:
         self.path, self._is_new = path, not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
             raise ValueError(
-                f"output_dir={path} cannot be created, because a file is in the way; choose another"
+                f"output_dir={path} cannot be made or opened ({error.strerror}); choose another"
             ) from None
-        self._descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -26,6 +26,7 @@ from harness.checkpoint import (
     NotSaved,
     TrainerState,
     checkpoint_path,
+    checkpoints,
     find_checkpoint,
     raise_on_all_ranks,
     save_checkpoint,
@@ -143,7 +144,8 @@ class Run:
         if self.world.rank == 0:
             self.lock = OutputLock(self.directory)
             self._closing.callback(self.lock.release)
-        holds_run = self.world.all_gather_objects(self.config_path.exists())[0]
+        found = self.config_path.exists(), bool(checkpoints(self.checkpoints))
+        holds_run, has_checkpoint = self.world.all_gather_objects(found)[0]
         is_seen = self.directory.is_dir() and self.config_path.exists() == holds_run
         seen = self.world.all_gather_objects(is_seen)
         if not all(seen):
@@ -151,20 +153,23 @@ class Run:
                 f"output_dir={self.directory} is not the same directory on ranks 0 and "
                 f"{seen.index(False)}; all ranks must see one, on a shared file system"
             )
-        if holds_run and not arguments.resume:
+        if holds_run and has_checkpoint and not arguments.resume:
             raise ValueError(
                 f"output_dir={self.directory} holds a run; add --resume to continue it, or choose "
                 "another output_dir"
             )
         self.state = TrainerState(step=0, optimizer_steps=0, log_sizes={}, config={})
         self._optimizer_state = None
-        if holds_run:
+        if holds_run and arguments.resume:
             self._resume(arguments.overrides)
             return
+        if holds_run:
+            console.log(f"{self.directory} holds a run without a checkpoint: starting over")
         if arguments.resume:
             if "WORLD_SIZE" not in os.environ:
                 raise FileNotFoundError(
-                    f"output_dir={self.directory} holds no run to resume; start without --resume"
+                    f"output_dir={self.directory} of {arguments.config} holds no run to resume; "
+                    "add the run's own --config or output_dir, or start without --resume"
                 )
             # torchrun restarts a run with the command that started it.
             console.log(f"output_dir={self.directory} holds no run yet: starting one")
@@ -199,6 +204,18 @@ class Run:
                 f"the run is at step {self.state.step}, beyond "
                 f"training.max_steps={new.training.max_steps}; raise it"
             )
+        if self.state.step == new.training.max_steps and self._is_evaluated():
+            setting = f"training.max_steps={self.state.step}"
+            console.log(f"{self.directory} is finished; to train on, raise {setting}")
+            raise Finished
+
+    def _is_evaluated(self) -> bool:
+        """Whether a line about an evaluation follows those of the checkpoint."""
+        metrics = b""
+        if self.world.rank == 0 and (self.directory / "metrics.jsonl").exists():
+            metrics = (self.directory / "metrics.jsonl").read_bytes()
+        after = metrics[self.state.log_sizes.get("metrics.jsonl", 0) :]
+        return self.world.all_gather_objects(after.endswith(b"\n"))[0]
 
     def _load_problems(self) -> tuple:
         """Load the task's problems. Raises FileNotFoundError that names everything missing."""

@@ -196,6 +196,9 @@ def test_a_written_config_reads_back_unchanged(tmp_path_factory, text):
     ("wrong", "near"),
     [
         ("training.learning_rat", "training.learning_rate"),
+        ("training.lr", "training.learning_rate"),
+        ("training.bs", "training.batch_size"),
+        ("training.steps", "training.max_steps"),  # not optimizer.eps
         ("learning_rate", "training.learning_rate"),
         ("training.betas", "optimizer.betas"),
         ("model.tset_size", "data.test_size"),

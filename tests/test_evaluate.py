@@ -133,7 +133,10 @@ def test_every_model_gets_the_same_random_numbers(models, chance_task, tmp_path,
     assert report["models"][0] == report["models"][1]
     equal = {"difference": 0.0, "questions_better": 0, "questions_worse": 0, "p": 1.0}
     assert report["comparison"] == equal
-    assert "difference +0.0%: better on 0 questions, worse on 0, p = 1 " in capsys.readouterr().out
+    assert (
+        "difference +0.0 points: better on 0 questions, worse on 0, p = 1 "
+        in capsys.readouterr().out
+    )
 
 
 # Catches: max(self.temperature, GREEDY) -> 1.0; the temperature not recorded.

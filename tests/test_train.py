@@ -843,12 +843,37 @@ def test_a_run_without_a_checkpoint_starts_over_from_its_own_model(finished, tmp
     assert (directory / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_in_which_nothing_was_trained_starts_over_by_itself(base_model, tmp_path, capsys):
+    # Catches: "holds a run" after a Ctrl-C in the first evaluation; the old config used.
+    with planted(lambda reward: os.kill(os.getpid(), signal.SIGINT) or reward, TRIED + 1):
+        assert train.main(command(tmp_path / "run", base_model)) == 130
+    assert (tmp_path / "run/config.yaml").exists()
+    assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
+    assert "holds a run without a checkpoint: starting over" in capsys.readouterr().out
+    assert [record["step"] for record in records(tmp_path / "run")] == [1]
+    assert "max_steps: 1" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_finished_run_says_what_to_raise(finished, capsys):
+    # Catches: a second final evaluation; config.yaml rewritten.
+    directory, arguments = finished
+    assert train.main([*arguments, "training.max_steps=4"]) == 0  # evaluates if it has not yet
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train.main([*arguments, "training.max_steps=4", "training.temperature=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert f"{directory} is finished; to train on, raise training.max_steps=4\n" in out
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_is_never_overwritten(finished, base_model, capsys):
     directory, _ = finished
     assert train.main(command(directory, base_model)) == 2
     assert "add --resume to continue it" in capsys.readouterr().err
     assert train.main([*command(directory / "elsewhere", base_model), "--resume"]) == 2
-    assert "no run to resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"output_dir={directory}/elsewhere of {ROOT}/config_tiny.yaml holds no run" in error
+    assert "--config" in error
     assert not (directory / "elsewhere").exists()
 
 
@@ -890,7 +915,18 @@ def test_the_warm_up_continues_in_a_resumed_run(finished):
 def test_an_output_directory_that_cannot_be_made_is_named(name, base_model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train.main(command(tmp_path / name, base_model)) == 2
-    message = f"error: output_dir={tmp_path / name} cannot be created, because a file is in the way"
+    message = f"error: output_dir={tmp_path / name} cannot be made or opened ("
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_directory_without_permission_is_named(base_model, tmp_path, monkeypatch, capsys):
+    # Catches: only FileExistsError caught. Simulated, because root may write everywhere.
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    assert train.main(command(tmp_path / "run", base_model)) == 2
+    message = f"error: output_dir={tmp_path}/run cannot be made or opened (Permission denied)"
     assert capsys.readouterr().err.startswith(message)
 
 

@@ -4,8 +4,8 @@
 
 NAME is a patch in variants/, or "grpo" for the core as it is. For each name and seed, the tracked
 files are copied to a temporary directory, the patch is applied there, and config_tiny.yaml is run
-with the given settings. The runs are kept in runs/variants/NAME-SEED, and the mean of their curves
-in runs/variants/NAME, for plot.py.
+with the given settings. The runs are kept in runs/variants/NAME-SEED until the next call, and the
+mean of their curves in runs/variants/NAME, for plot.py.
 
 The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
 until success on the held-out questions first reaches 90 %, "-" if it never does. Success is only
@@ -87,6 +87,7 @@ def train(name: str, seed: int, settings: list[str]) -> SeedRun:
     out = RUNS / f"{name}-{seed}"
     command = [sys.executable, "train.py", "--config", "config_tiny.yaml"]
     command += [f"output_dir={out}", f"training.seed={seed}", *settings]
+    shutil.rmtree(out, ignore_errors=True)  # the results of an earlier call
     with tempfile.TemporaryDirectory() as directory:
         make_tree(name, Path(directory))
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
