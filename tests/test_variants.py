@@ -25,7 +25,8 @@ from data_types import Episode, NoProgress, Question, Reward
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))
+VARIANTS = ROOT / "variants"
+NAMES = sorted(path.stem for path in VARIANTS.glob("*.patch"))
 LEARNING_RATE = 0.003  # large enough that the second update starts from clearly different weights
 pytestmark = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(),
@@ -50,7 +51,7 @@ def tree(tmp_path_factory):
     @cache
     def make(name: str) -> Path:
         directory = tmp_path_factory.mktemp(name)
-        run.make_tree(name, directory)
+        run.make_tree(VARIANTS / f"{name}.patch", directory)
         return directory
 
     return make
@@ -289,21 +290,20 @@ def test_variant_equals_its_equation(name, tree, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_patch_has_header_and_is_short(name):
-    patch = (ROOT / "variants" / f"{name}.patch").read_text()
-    header = patch.partition("\ndiff --git ")[0]
+    patch = VARIANTS / f"{name}.patch"
+    header = patch.read_text().partition("\ndiff --git ")[0]
     assert "\n\nWhen: " in header
     assert "arXiv:" in header
-    added, removed = (int(number[1:]) for number in run.patch_size(name).split())
+    added, removed = (int(number[1:]) for number in run.patch_size(patch).split())
     assert 0 < added + removed <= 30
-    readme = (ROOT / "variants" / "README.md").read_text()
-    assert f"| `{name}` | {run.patch_size(name)} |" in readme
+    readme = (VARIANTS / "README.md").read_text()
+    assert f"| `{name}` | {run.patch_size(patch)} |" in readme
 
 
 def test_dapo_is_three_patches_together(tmp_path):
-    run.make_tree("clip-higher", tmp_path)
+    run.make_tree(VARIANTS / "clip-higher.patch", tmp_path)
     for name in ("dynamic-sampling", "soft-overlong"):
-        patch = ROOT / "variants" / f"{name}.patch"
-        subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+        subprocess.run(["git", "apply", VARIANTS / f"{name}.patch"], cwd=tmp_path, check=True)
 
 
 def seed_run(successes: list[float], answers: int = 100):
@@ -324,7 +324,7 @@ def test_table_ranks_by_answers_until_success():
         "rloo": [seed_run([0.5, 0.9, 0.7])],
     }
     rows = [row.strip("| ").split(" | ") for row in run.table(results).splitlines()[2:]]
-    assert rows[0][:4] == ["rloo", run.patch_size("rloo"), "200", "200"]
+    assert rows[0][:4] == ["rloo", run.patch_size(VARIANTS / "rloo.patch"), "200", "200"]
     assert rows[0][4::3] == ["50.0% (25.0% … 75.0%)", "7"]
     assert rows[1][0] == "grpo"
     assert rows[1][2] == "800 (0 … 1,794)"  # 400, 800, 1200: 800 ± 4.303 · 400 / √3
@@ -339,6 +339,33 @@ def test_answers_sampled_includes_replaced_questions():
     assert run.answers_sampled("step 1\n", training) == [32, 32, 32]
     output = "asked 4 questions for 4 groups\nstep 1\nasked 7 questions for 4 groups\n"
     assert run.answers_sampled(output, training) == [32, 56]
+
+
+def write_run(directory: Path, made_with: str) -> None:
+    directory.mkdir()
+    training = {"batch_size": 32, "num_questions_per_batch": 4, "max_steps": 1}
+    metrics = [{"step": step, "eval/success": step / 4} for step in (0, 1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    (directory / "timings.jsonl").write_text('{"step": 1, "seconds": 2.5}\n')
+    (directory / "config.yaml").write_text(json.dumps({"training": training}))
+    (directory / "output.txt").write_text("asked 7 questions for 4 groups\n")
+    (directory / "made_with.txt").write_text(made_with)
+
+
+def test_a_finished_run_is_used_again_unless_patch_or_settings_differ(tmp_path, monkeypatch):
+    # Catches: `if not out.exists()` dropped; the seed, the settings or the patch left out of
+    # made_with.
+    patch, out = VARIANTS / "rloo.patch", tmp_path / "rloo-3"
+    write_run(out, f"training.seed=3\ndata.test_size=9\n{patch.read_text()}")
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    result = run.train(patch, 3, ["data.test_size=9"], out)
+    assert result.seconds == 2.5
+    assert result.answers == [56]
+    assert run.evaluations(result)[-1]["eval/success"] == 0.25
+    others = [(patch, 4, ["data.test_size=9"]), (patch, 3, []), (None, 3, ["data.test_size=9"])]
+    for other in others:
+        with pytest.raises(SystemExit, match="another patch or other settings"):
+            run.train(*other, out)
 
 
 MUTATIONS = [

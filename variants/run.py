@@ -4,8 +4,9 @@
 
 NAME is a patch in variants/, or "grpo" for the core as it is. For each name and seed, the tracked
 files are copied to a temporary directory, the patch is applied there, and config_tiny.yaml is run
-with the given settings. The runs are kept in runs/variants/NAME-SEED until the next call, and the
-mean of their curves in runs/variants/NAME, for plot.py.
+with the given settings. The runs are kept in runs/variants/NAME-SEED, and the mean of their curves
+in runs/variants/NAME, for plot.py. A finished run is not repeated, so the command can be stopped
+and given again.
 
 The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
 until success on the held-out questions first reaches 90 %, "-" if it never does. Success is only
@@ -28,7 +29,7 @@ from statistics import fmean, stdev
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "variants"
+VARIANTS, RUNS = ROOT / "variants", ROOT / "runs" / "variants"
 # The 97.5 % quantile of Student's t distribution, by the number of seeds.
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
 TARGETS = (0.9, 0.8)
@@ -49,15 +50,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = [name for name in arguments.names if "=" in name]
     names = [name for name in arguments.names if "=" not in name]
-    known = ["grpo", *sorted(path.stem for path in (ROOT / "variants").glob("*.patch"))]
+    patches = {"grpo": None} | {path.stem: path for path in sorted(VARIANTS.glob("*.patch"))}
     for name in names:
-        if name not in known:
-            parser.error(f"there is no variant {name!r}; choose from {', '.join(known)}")
+        if name not in patches:
+            parser.error(f"there is no variant {name!r}; choose from {', '.join(patches)}")
     if len(arguments.seeds) > max(T_95):
         parser.error(f"got {len(arguments.seeds)} seeds; at most {max(T_95)} are possible")
     results = {}
     for name in names:
-        results[name] = [train(name, seed, settings) for seed in arguments.seeds]
+        results[name] = [
+            train(patches[name], seed, settings, RUNS / f"{name}-{seed}")
+            for seed in arguments.seeds
+        ]
         (RUNS / name).mkdir(exist_ok=True)
         lines = [json.dumps(record) + "\n" for record in mean_curve(results[name])]
         (RUNS / name / "metrics.jsonl").write_text("".join(lines))
@@ -67,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 # ---------------------------------------------------------------- one run
 
 
-def make_tree(name: str, directory: Path) -> None:
-    """Copy the tracked files as they are now, and apply the patch of that name."""
+def make_tree(patch: Path | None, directory: Path) -> None:
+    """Copy the tracked files as they are now, and apply the patch."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -76,35 +80,50 @@ def make_tree(name: str, directory: Path) -> None:
         if file and (ROOT / file).is_file():
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, directory / file)
-    if name != "grpo":
+    if patch is not None:
         # Without its own repository, git would resolve paths in one that encloses the directory.
         subprocess.run(["git", "init", "-q"], cwd=directory, check=True)
-        patch = ROOT / "variants" / f"{name}.patch"
         subprocess.run(["git", "apply", patch], cwd=directory, check=True)
 
 
-def train(name: str, seed: int, settings: list[str]) -> SeedRun:
-    out = RUNS / f"{name}-{seed}"
-    command = [sys.executable, "train.py", "--config", "config_tiny.yaml"]
-    command += [f"output_dir={out}", f"training.seed={seed}", *settings]
-    shutil.rmtree(out, ignore_errors=True)  # the results of an earlier call
-    with tempfile.TemporaryDirectory() as directory:
-        make_tree(name, Path(directory))
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name}, seed {seed}:\n{done.stdout}{done.stderr}")
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
-    config = yaml.safe_load((out / "config.yaml").read_text())["training"]
-    result = SeedRun(
-        metrics=metrics,
-        seconds=sum(record.get("seconds", 0.0) for record in timings),
-        answers=answers_sampled(done.stdout, config),
-    )
+def train(patch: Path | None, seed: int, settings: list[str], out: Path) -> SeedRun:
+    """Train the tiny model in a patched copy of the repository; `out` gets the finished run.
+
+    A run that is there already is used again.
+    """
+    settings = [f"training.seed={seed}", *settings]
+    made_with = "\n".join([*settings, patch.read_text() if patch else ""])
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+            tree, run = Path(directory, "tree"), Path(directory, "run")
+            make_tree(patch, tree)
+            command = [sys.executable, "train.py", "--config", "config_tiny.yaml"]
+            command += [f"output_dir={run}", *settings]
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{out.name}:\n{done.stdout}{done.stderr}")
+            (run / "output.txt").write_text(done.stdout)
+            (run / "made_with.txt").write_text(made_with)
+            run.rename(out)
+    elif (out / "made_with.txt").read_text() != made_with:
+        sys.exit(f"{out} was made with another patch or other settings; remove it")
+    result = read_run(out)
     before, after = evaluations(result)[0], evaluations(result)[-1]
     shares = f"{before['eval/success']:.1%} to {after['eval/success']:.1%}"
-    print(f"{name}, seed {seed}: {shares}, {result.seconds:.0f} s", flush=True)
+    print(f"{out.name}: {shares}, {result.seconds:.0f} s", flush=True)
     return result
+
+
+def read_run(directory: Path) -> SeedRun:
+    metrics = (directory / "metrics.jsonl").read_text().splitlines()
+    timings = (directory / "timings.jsonl").read_text().splitlines()
+    training = yaml.safe_load((directory / "config.yaml").read_text())["training"]
+    return SeedRun(
+        metrics=[json.loads(line) for line in metrics],
+        seconds=sum(json.loads(line).get("seconds", 0.0) for line in timings),
+        answers=answers_sampled((directory / "output.txt").read_text(), training),
+    )
 
 
 def answers_sampled(output: str, training: dict) -> list[int]:
@@ -177,7 +196,8 @@ def mean_answers(target: float, runs: list[SeedRun]) -> float:
 
 
 def row(name: str, runs: list[SeedRun]) -> str:
-    cells = [name, patch_size(name), *(speed(target, runs) for target in TARGETS)]
+    size = "" if name == "grpo" else patch_size(VARIANTS / f"{name}.patch")
+    cells = [name, size, *(speed(target, runs) for target in TARGETS)]
     curve = [record for record in mean_curve(runs) if "eval/success" in record]
     for record in (curve[0], curve[len(curve) // 2], curve[-1]):
         low, high = record["eval/success_low"], record["eval/success_high"]
@@ -197,12 +217,10 @@ def speed(target: float, runs: list[SeedRun]) -> str:
     return f"{mean:,.0f}" if len(runs) == 1 else f"{mean:,.0f} ({max(0.0, low):,.0f} … {high:,.0f})"
 
 
-def patch_size(name: str) -> str:
+def patch_size(patch: Path) -> str:
     """Lines that a patch adds and removes, as in "+5 −5"."""
-    if name == "grpo":
-        return "+0 −0"
-    patch = (ROOT / "variants" / f"{name}.patch").read_text()
-    diff = patch[patch.index("\ndiff --git ") :].splitlines()
+    text = patch.read_text()
+    diff = text[text.index("\ndiff --git ") :].splitlines()
     added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
     removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
     return f"+{added} −{removed}"
