@@ -5,10 +5,12 @@ head size 2 x 3, hidden size 60, MLP 37, vocabulary 101.
 """
 
 import json
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,11 +36,9 @@ CONFIG = Qwen2Config(
 )
 
 
-def random_model(*, tied: bool = False, seed: int = 0, vocab_size: int = 101) -> Transformer:
+def random_model(*, tied: bool = False, seed: int = 0, **changes) -> Transformer:
     """Norm weights are far from 1 and biases far from 0, so that a test notices a missing one."""
-    model = Transformer(
-        Qwen2Config(**asdict(CONFIG) | {"tie_word_embeddings": tied, "vocab_size": vocab_size})
-    )
+    model = Transformer(replace(CONFIG, tie_word_embeddings=tied, **changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,6 +71,12 @@ def reference_model(model: Transformer):
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if c.tie_word_embeddings else set())
     return reference
+
+
+def run_tests(tree: Path, names: list[str]) -> subprocess.CompletedProcess:
+    """Run these tests in a copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider", *names]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
 
 
 def random_tokens(*shape: int, seed: int = 0, vocab_size: int = 101) -> torch.Tensor:

@@ -3,10 +3,9 @@
 import ast
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import run_tests
 
 from pitfalls.run import PITFALLS, ROOT, fields, row, success, table
 from variants.run import SeedRun, make_tree, patch_size
@@ -71,11 +70,6 @@ def test_table_shows_success_and_the_metric_of_the_header():
 
 
 # ---------------------------------------------------------------- the suite catches each of them
-
-
-def run_tests(tree: Path, names: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider", *names]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
 
 
 @pytest.mark.slow
