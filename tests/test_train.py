@@ -333,7 +333,7 @@ def sleeping(base_model, processes, tmp_path):
         "def reward_function(response, **problem):\n"
         f"    open({str(started)!r}, 'w').close()\n    time.sleep(10**6)\n"
     )
-    settings = ["task=sleeping_task", "training.reward_timeout=3600"]
+    settings = ["task=sleeping_task", "training.reward_timeout=60"]
     process = processes.start(command(tmp_path / "run", base_model, *settings))
     open(started).close()  # returns when the reward function opens it
     return process
