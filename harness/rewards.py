@@ -85,11 +85,11 @@ def call_task(task: ModuleType, name: str, *arguments: Any) -> Any:
     """Call a function of the task. Raises ValueError that names the task if the function fails.
 
     The text of a ValueError that the code raises by itself is a message to the user. Anything else
-    is a bug, so the error names the function and the line. An OSError says enough.
+    is a bug, so the error names the function and the line. An OSError and a MemoryError say enough.
     """
     try:
         return getattr(task, name)(*arguments)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         message = str(error)

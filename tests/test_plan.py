@@ -288,7 +288,7 @@ def test_freed_memory_is_kept():
     command = [sys.executable, "-c", PAGE_FAULTS]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(int, result.stdout.split())
-    assert after < before / 2  # the heap may grow a few times before a freed block fits
+    assert after < 0.8 * before  # the heap may grow a few times before a freed block fits
 
 
 @pytest.mark.parametrize("library", ["no mallopt", "no oneDNN"])
