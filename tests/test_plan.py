@@ -284,7 +284,7 @@ print(before, count())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept():
-    # Catches: the two options of mallopt swapped, or either left out.
+    # Catches: the two options of mallopt swapped, or M_MMAP_MAX left out.
     command = [sys.executable, "-c", PAGE_FAULTS]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(int, result.stdout.split())
