@@ -139,7 +139,7 @@ def _value(tree: ast.expr) -> Fraction:
 class Data(BaseModel, extra="forbid", frozen=True, strict=True):
     """The `data` section of the config. Keys with a default only matter for `path: synthetic`."""
 
-    path: str  # "synthetic", a .jsonl file, or a dataset directory with data/*.parquet
+    path: str  # "synthetic", a .jsonl, .json or .parquet file, or a directory of parquet files
     test_size: int = Field(ge=1, le=10**6)  # questions held out for evaluation
     num_numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field(
         [3, 4], min_length=1, examples=[3, 4]
@@ -235,8 +235,8 @@ def _key(problem: dict) -> tuple:
 
 
 def _read_problems(path: Path) -> list[dict]:
-    if path.suffix == ".jsonl":
-        remedy = 'each line must look like {"nums": [3, 5, 7], "target": 22}'
+    if path.suffix:
+        remedy = 'each row must look like {"nums": [3, 5, 7], "target": 22}'
     else:
         remedy = (
             "fetch the dataset with\n  uv run hf download Jiayi-Pan/Countdown-Tasks-3to4 "

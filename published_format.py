@@ -72,7 +72,14 @@ class PublishedConfig(BaseModel, strict=True):
 
 def read_config(path: Path) -> PublishedConfig:
     """Raises FileNotFoundError, or ValueError naming the setting that is damaged or unsupported."""
-    raw = {name: value for name, value in read_json(path).items() if value is not None}
+    remedy = REMEDY
+    if (path.parent / "adapter_config.json").exists():
+        remedy = "this is a LoRA adapter: merge it into its model, and use the result"
+    elif snapshots := [*path.parent.glob("snapshots/*/"), *path.parent.glob("*/snapshots/*/")]:
+        remedy = f"this is a cache of downloads: use {snapshots[0]}"
+    raw = {
+        name: value for name, value in read_json(path, remedy=remedy).items() if value is not None
+    }
     fix = f"use a dense Qwen2.5 model, or {REMEDY}"
     try:
         config = PublishedConfig.model_validate(raw)
@@ -259,7 +266,8 @@ def open_text(path: Path, *, remedy: str = REMEDY) -> Iterator[TextIO]:
     try:
         if not path.is_file() and path.exists():
             raise ValueError(f"{path} is not a regular file; {remedy}")
-        with open(path, encoding="utf-8") as file:
+        # utf-8-sig: some editors write a byte order mark
+        with open(path, encoding="utf-8-sig") as file:
             yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
@@ -311,15 +319,19 @@ def validated(kind: type[Record], raw: dict[str, Any], name: str, *, remedy: str
 def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> Rows:
     """(where, {column: value}) of each row; `where` names file and row for error messages.
 
-    path: a .jsonl file, or a directory with data/*.parquet. Raises FileNotFoundError, or ValueError
-    naming the file and row if one is damaged, a column is missing, or there are no rows.
+    path: a .jsonl, .json or .parquet file, or a directory with parquet files in one folder. Raises
+    FileNotFoundError, or ValueError naming the file and row if one is damaged, a column is missing,
+    or there are no rows.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".json"):
         rows = _read_jsonl(path, remedy)
+    elif path.is_file() and path.suffix != ".parquet":
+        wanted = "a .jsonl, .json or .parquet file, or a directory with parquet files"
+        raise ValueError(f"{path} is not {wanted}; unpack or convert it, or {remedy}")
     else:
         rows = _read_parquet(path, columns, remedy)
     for where, row in rows:
-        missing = [column for column in columns if column not in row]
+        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(f"{where}: {' and '.join(missing)} missing; {remedy}")
     if not rows:
@@ -328,9 +340,11 @@ def read_rows(path: Path, columns: Sequence[str], *, remedy: str) -> Rows:
 
 
 def _read_jsonl(path: Path, remedy: str) -> Rows:
-    rows = []
-    lines = read_text(path, remedy=remedy, limit=MAX_DATA_BYTES).split("\n")
-    for number, line in enumerate(lines, 1):
+    rows, text = [], read_text(path, remedy=remedy, limit=MAX_DATA_BYTES)
+    if text.lstrip().startswith("["):  # one list instead of an object per line
+        listed = parse_json(f'{{"rows": {text}}}', str(path), remedy=remedy)["rows"]
+        return [(f"{path}, row {number}", row) for number, row in enumerate(listed, 1)]
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             rows.append((where, parse_json(line, f"{where},", remedy=remedy)))
@@ -341,12 +355,19 @@ def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> Rows:
     import pyarrow as pa  # from the optional dependency group "data"
     import pyarrow.parquet as pq
 
-    files = sorted((path / "data").glob("*.parquet"))
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     # With several splits beside each other, the test split must not be trained on.
-    files = [file for file in files if file.name.startswith("train")] or files
+    parts = {file: file.relative_to(path).parts for file in files}
+    files = [f for f in files if any(part.startswith("train") for part in parts[f])] or files
     if not files:
-        problem = "has no data/*.parquet" if path.exists() else "does not exist"
+        problem = "does not exist"
+        if path.exists():
+            names = ", ".join(sorted(entry.name for entry in path.iterdir()))
+            problem = f"has no parquet files; it holds {names or 'nothing':.200}"
         raise FileNotFoundError(f"{path} {problem}; {remedy}")
+    if len(folders := {str(file.parent) for file in files}) > 1:
+        named = " and ".join(sorted(folders))
+        raise ValueError(f"{path} has parquet files in {named:.400}; set data.path to one of them")
     rows = []
     for file in files:
         try:

@@ -281,7 +281,8 @@ def absent_model(path: Path) -> str:
         return f"model.path={path} does not exist; download it with\n  {command}"
     return (
         f"model.path={path} does not exist; name a directory that holds a model, or make a small "
-        "one with\n  uv run warm_start.py"
+        "one with\n  uv run warm_start.py\nOnly Qwen2.5 can be planned before it is downloaded; "
+        f"known sizes: {', '.join(PUBLISHED)}"
     )
 
 

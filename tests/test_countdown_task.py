@@ -746,6 +746,51 @@ def test_rows_of_a_test_split_are_not_trained_on(tmp_path):
     assert [*train, *test] == [{"numbers": [1, 2], "target": 3}, {"numbers": [3, 4], "target": 7}]
 
 
+ADDITION = {"nums": [[1, 2], [3, 4]], "target": [3, 7]}
+
+
+@pytest.mark.parametrize("folder", ["", "main", "default/train"])
+def test_parquet_files_are_found_anywhere_below_the_directory(folder, tmp_path):
+    # Catches: only data/*.parquet; the splits told apart by the file's name alone.
+    write_parquet(tmp_path / "written", "0000.parquet", ADDITION)
+    (tmp_path / "dataset" / folder).mkdir(parents=True)
+    file = tmp_path / "dataset" / folder / "0000.parquet"
+    (tmp_path / "written/data/0000.parquet").rename(file)
+    if folder == "default/train":
+        write_parquet(tmp_path / "dataset/default/test", "0000.parquet", ADDITION)
+    wanted = [{"numbers": [1, 2], "target": 3}, {"numbers": [3, 4], "target": 7}]
+    for path in (tmp_path / "dataset", file):  # a single file may be named, too
+        train, test = load_problems(data_config(path, test_size=1))
+        assert [*train, *test] == wanted
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["list.json", "lines.json", "lines.jsonl"])
+def test_a_list_and_lines_of_json_are_read_with_and_without_a_byte_order_mark(name, mark, tmp_path):
+    rows = [{"nums": n, "target": t} for n, t in zip(*ADDITION.values(), strict=True)]
+    lines = "\n".join(map(json.dumps, rows))
+    text = json.dumps(rows, indent=1) if name.startswith("list") else lines
+    (tmp_path / name).write_text(mark + text, encoding="utf-8")
+    train, test = load_problems(data_config(tmp_path / name, test_size=1))
+    assert [*train, *test] == [{"numbers": [1, 2], "target": 3}, {"numbers": [3, 4], "target": 7}]
+
+
+def test_data_that_cannot_be_read_is_named_with_what_can(tmp_path):
+    for name in ("rows.jsonl.gz", "rows.csv", "rows.zip"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+        with pytest.raises(ValueError, match=rf"{name} is not a \.jsonl, .*unpack or convert it"):
+            load_problems(data_config(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"has no parquet files; it holds rows\.csv, rows"):
+        load_problems(data_config(tmp_path))
+    for folder in ("main", "socratic"):
+        write_parquet(tmp_path / folder, "train.parquet", ADDITION)
+    with pytest.raises(ValueError, match=r"in .*main/data and .*socratic/data; set data\.path"):
+        load_problems(data_config(tmp_path))
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"numbers\.json, row 1: nums and target missing"):
+        load_problems(data_config(tmp_path / "numbers.json"))
+
+
 def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path):
     columns = {
         "columns": {"numbers": [[1, 2]], "target": [3]},
@@ -768,7 +813,7 @@ def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path):
             load_problems(data_config(tmp_path / name))
         assert [part for part in expected if part not in str(caught.value)] == []
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"hollow.*data/\*\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"hollow has no parquet files; it holds nothing"):
         load_problems(data_config(tmp_path / "hollow"))
 
 

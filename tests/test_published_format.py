@@ -269,6 +269,20 @@ def test_unsupported_settings_are_refused_by_name(changes, named, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("root", ["", "models--Qwen--Qwen2.5-0.5B/"])
+def test_a_directory_that_is_no_model_but_leads_to_one_is_explained(root, tmp_path):
+    # Catches: "fetch the model again" for a model that lies there in another form.
+    (tmp_path / f"{root}snapshots/0a1b").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=rf"a cache of downloads: use .*{root}snapshots/0a1b"
+    ):
+        Qwen2Config.from_json(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="a LoRA adapter: merge it") as caught:
+        Qwen2Config.from_json(tmp_path / "config.json")
+    assert "fetch" not in str(caught.value)
+
+
 def test_a_missing_or_damaged_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         Qwen2Config.from_json(tmp_path / "config.json")
