@@ -81,10 +81,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     text = "default: the config of the run, or config.yaml"
     add("--config", type=path, metavar="FILE", help=text)
     add("--samples", type=int, default=1, metavar="K", help="answers per question (default: 1)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy decoding")
+    text = "0: greedy decoding (default: 1, and 0 for --ask)"
+    add("--temperature", type=float, metavar="T", help=text)
     text = "write every answer and the results to this file"
     add("--json", type=path, metavar="FILE", help=text)
-    add("--ask", metavar="QUESTION", help="print the model's answer; training.seed varies it")
+    add("--ask", metavar="QUESTION", help="print the model's answer and its reward")
     add(
         "--show",
         action="store_true",
@@ -95,6 +96,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     options = parser.parse_intermixed_args(argv)
     overrides = [m for m in options.models if "=" in m and not Path(m).exists()]
     paths = [m for m in options.models if m not in overrides]
+    if options.temperature is None:
+        options.temperature = 1.0 if options.ask is None else 0.0
     scores = options.ask is None and not options.show
     if not 1 <= len(paths) <= (2 if scores else 1):
         wanted = "one, or two to compare" if scores else "one for --ask or --show"

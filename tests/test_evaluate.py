@@ -270,6 +270,18 @@ def test_ask_prints_an_answer_by_whole_characters_and_its_reward(
     assert len(pieces) > 20, "the answer is printed while it is generated"
 
 
+def test_ask_takes_the_likeliest_tokens_unless_a_temperature_is_given(models, chance_task, capsys):
+    # Catches: the default of an evaluation, temperature 1.
+    arguments = [str(models / "first"), *chance_task, *ASK]
+    shown = []
+    for options in ([], ["--temperature", "0"], ["--temperature", "1"]):
+        for seed in (1, 2):
+            assert evaluate.main([*arguments, f"training.seed={seed}", *options]) == 0
+            shown.append(capsys.readouterr().out)
+    assert len(set(shown[:4])) == 1
+    assert len(set(shown)) == 3
+
+
 def test_ask_says_that_an_answer_was_cut_off(models, chance_task, capsys):
     arguments = [str(models / "first"), *chance_task, *ASK, "training.max_gen_len=1"]
     assert evaluate.main(arguments) == 0
