@@ -1,6 +1,6 @@
 """GRPO training: draw questions, sample a group of answers to each, score them, take one step.
 
-    uv run train.py [--config FILE] [--resume | --plan [CARDS]] [key.path=value ...]
+    uv run train.py [--config FILE] [--resume | --plan [CARDS] | --try-task] [key.path=value ...]
 
 grpo.py has the algorithm and its equations; this is the loop.
 
