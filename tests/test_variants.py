@@ -440,14 +440,3 @@ def test_tiny_run_takes_two_steps(name, tree, tmp_path):
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     assert any(record["weights_changed"] > 0.5 for record in steps)
-
-
-@pytest.mark.slow
-def test_a_second_call_replaces_the_runs_of_the_first(tmp_path, monkeypatch, capsys):
-    # Catches: "holds a run; add --resume", an option that this program does not have.
-    monkeypatch.setattr(run, "RUNS", tmp_path)
-    settings = ["training.max_steps=1", "training.max_gen_len=20", "training.batch_size=8"]
-    settings += ["training.num_questions_per_batch=4", "data.test_size=2"]
-    for _ in range(2):
-        run.main(["grpo", *settings, "--seeds", "1"])
-        assert "| grpo | +0 −0 |" in capsys.readouterr().out
