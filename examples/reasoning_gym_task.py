@@ -1,10 +1,10 @@
 """Any of the hundred procedural tasks of reasoning-gym (github.com/open-thought/reasoning-gym).
 
-    uv run --group gym train.py --config config_cpu.yaml data.dataset=chain_sum data.max_terms=4
+    uv run --group gym train.py --config config_cpu.yaml data.chain_sum.max_terms=4
+    uv run --group gym train.py --config config_cpu.yaml data.dataset=gcd data.gcd.max_value=100
 
-`data.dataset` is the name of a task. Keys of the section `data` that are not declared in Data below
-are parameters of that task. Problems are generated from seeds and scored by the task's
-own verifier.
+`data.dataset` is the name of a task, and the section of that name in `data` has its parameters.
+Problems are generated from seeds and scored by the task's own verifier.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ SOLVED = 0.99  # below: partial credit, which a policy would learn to collect in
 
 
 class Data(BaseModel, extra="allow", frozen=True):
-    """The section `data` of the config; keys that are not declared here go to the task."""
+    """The section `data` of the config. A key that is not declared here is the name of a dataset,
+    and its value are the parameters of that dataset."""
 
     dataset: str  # a name from reasoning_gym.factory.DATASETS
     test_size: int = Field(ge=1, le=10**6)  # held-out problems
@@ -108,13 +109,20 @@ def load_problems(data: Data) -> tuple[Sequence[dict], Sequence[dict]]:
 
 
 def _create_dataset(data: Data, *, seed: int, size: int) -> Any:
-    gym, parameters = reasoning_gym(), data.model_extra or {}
+    gym, sections = reasoning_gym(), data.model_extra or {}
+    for name in sections:
+        if name not in gym.factory.DATASETS:
+            raise ValueError(
+                f"data.{name}: reasoning-gym has no dataset of this name; a parameter of a dataset "
+                f"goes into its section, for example data.{data.dataset}.{name}"
+            )
+    parameters = sections.get(data.dataset, {})
     try:
         return gym.create_dataset(data.dataset, seed=seed, size=size, **parameters)
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(
             f"reasoning-gym rejects data.dataset={data.dataset} with {parameters}: {error}; its "
-            "documentation lists the tasks and their parameters"
+            "documentation lists the datasets and their parameters"
         ) from None
 
 

@@ -16,6 +16,8 @@ needs_package = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
 )
 
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
 
 def make_data(dataset="chain_sum", **changes) -> task.Data:
     return task.Data(**{"dataset": dataset, "test_size": 11, "train_size": 50} | changes)
@@ -54,7 +56,7 @@ def test_the_verifier_scores_its_own_answers(dataset):
 @needs_package
 def test_held_out_problems_are_never_trained_on():
     # Catches: `not in self.held_out` dropped. Sums of two one-digit numbers repeat soon.
-    data = make_data(min_terms=2, max_terms=2, min_digits=1, max_digits=1, test_size=60)
+    data = make_data(chain_sum=ONE_DIGIT, test_size=60)
     train, test = task.load_problems(data)
     held_out = {problem["entry"]["question"] for problem in test}
     assert len(held_out) == 60
@@ -66,7 +68,9 @@ def test_held_out_problems_are_never_trained_on():
 
 @needs_package
 def test_parameters_of_the_dataset_are_data_keys():
-    _, test = task.load_problems(make_data(min_terms=5, max_terms=5))
+    _, test = task.load_problems(
+        make_data(chain_sum={"min_terms": 5, "max_terms": 5}, gcd={"max_value": 9})
+    )
     assert {problem["entry"]["metadata"]["num_terms"] for problem in test} == {5}
     first = [problem["entry"] for problem in task.load_problems(make_data(seed=1))[1]]
     assert first != [problem["entry"] for problem in task.load_problems(make_data(seed=2))[1]]
@@ -94,12 +98,10 @@ def test_an_example_is_shown_as_an_earlier_turn():
     ("changes", "message"),
     [
         ({"dataset": "chain_some"}, "rejects data.dataset=chain_some"),
-        ({"max_term": 3}, "rejects data.dataset=chain_sum with .*max_term"),
-        ({"min_terms": 9, "max_terms": 3}, "rejects data.dataset=chain_sum with"),
-        (
-            {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "test_size": 999},
-            "only .* different problems",
-        ),
+        ({"chain_sum": {"max_term": 3}}, "rejects data.dataset=chain_sum with .*max_term"),
+        ({"chain_sum": {"min_terms": 9, "max_terms": 3}}, "rejects data.dataset=chain_sum with"),
+        ({"max_terms": 3}, r"data.max_terms: .* data.chain_sum.max_terms"),
+        ({"chain_sum": ONE_DIGIT, "test_size": 999}, "only .* different problems"),
     ],
 )
 def test_a_wrong_setting_is_named(changes, message):
@@ -110,12 +112,17 @@ def test_a_wrong_setting_is_named(changes, message):
 def test_the_config_for_a_cpu_loads_without_the_package():
     config = load_config(ROOT / "config_cpu.yaml")
     assert config.data.dataset == "chain_sum"
-    assert config.data.model_extra["max_digits"] == 2
+    assert config.data.model_extra["chain_sum"]["max_digits"] == 2
 
 
 @needs_package
 def test_the_config_for_a_cpu_gives_problems():
-    config = load_config(ROOT / "config_cpu.yaml")
-    train, test = task.load_problems(config.data)
-    assert len(test) == config.data.test_size
-    assert train[0]["dataset"] == "chain_sum"
+    # Catches: parameters of chain_sum given to another dataset.
+    for dataset in ("chain_sum", "gcd"):
+        config = load_config(ROOT / "config_cpu.yaml", [f"data.dataset={dataset}"])
+        train, test = task.load_problems(config.data)
+        assert len(test) == config.data.test_size
+        assert train[0]["dataset"] == dataset
+    config = load_config(ROOT / "config_cpu.yaml", ["data.chain_sum.max_terms=2"])
+    _, test = task.load_problems(config.data)
+    assert {problem["entry"]["metadata"]["num_terms"] for problem in test} == {2}
