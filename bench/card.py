@@ -1,16 +1,21 @@
 """Measure everything that needs a GPU, in one unattended run of at most 25 minutes.
 
     uv run bench/card.py                               on a GPU; writes the report card.md
+    uv run bench/card.py train                         one part of it; writes card-train.md
     uv run bench/card.py --device cpu --shape tiny     tries the script without a GPU, in minutes
 
-Nothing is downloaded. --scratch needs about 50 GB of disk. If the environment variable GRPO_ZERO
-holds a shell command that runs GRPO-Zero on the same work, the report includes its output.
+The parts are tests, tiny, speed, train and train-24GB. Each takes at most 9 minutes and needs none
+of the others. Nothing is downloaded. --scratch needs about 50 GB of disk. If the environment
+variable GRPO_ZERO holds a shell command that runs GRPO-Zero on the same work, the part speed runs
+it, too.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,14 +34,15 @@ from warm_start import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PYTHON = shlex.quote(sys.executable)
-SHOWN_LINES = 40  # the report shows this many lines from the end of a part's output
+SHOWN_LINES = 40  # the report shows this many lines from the end of a command's output
+PART_MINUTES = 9
 
 
 class Report:
-    """Runs one part after another, and rewrites the report after each."""
+    """Runs one command after another until a deadline, and rewrites the report after each."""
 
-    def __init__(self, path: Path, minutes: float):
-        self.path, self.deadline = path, time.monotonic() + 60 * minutes
+    def __init__(self, path: Path):
+        self.path, self.deadline = path, 0.0  # by the clock of time.monotonic()
         self.rows: list[str] = []
         self.sections: list[str] = []
         self.num_failed = 0
@@ -85,16 +91,16 @@ class Report:
             f"## {title}\n\n    {command}\n\n{outcome}, {seconds:.0f} s\n\n```\n{shown}\n```\n"
         )
         print(self.rows[-1], flush=True)
-        heading = ["# Report of a GPU", "", "| part | outcome | time | last line |"]
+        heading = ["# Report of a GPU", "", "| command | outcome | time | last line |"]
         heading += ["| --- | --- | --- | --- |"]
         self.path.write_text("\n".join([*heading, *self.rows, "", *self.sections]))
 
 
 @dataclass(frozen=True)
 class Work:
-    """How large the parts are."""
+    """How large the commands are."""
 
-    configs: dict[str, int]  # config file: steps to train the random model
+    training: dict[str, tuple[str, int]]  # part: arguments of train.py, steps with a random model
     overrides: str  # of every run
     tiny_run: str  # overrides of the tiny run
     kill_after_step: int  # kill the tiny run when this checkpoint exists
@@ -105,8 +111,9 @@ class Work:
 
 
 def small_work() -> Work:
+    tiny = "--config config_tiny.yaml"
     return Work(
-        configs={"config_tiny.yaml": 10},
+        training={"train": (tiny, 10), "train-24GB": (tiny, 3)},
         overrides="training.batch_size=16 training.num_questions_per_batch=4 "
         "training.max_gen_len=48 data.test_size=8",
         tiny_run="training.max_steps=40 training.ckpt_save_interval=3",
@@ -119,8 +126,9 @@ def whole_work(shape: str) -> Work:
     config = load_config(ROOT / "config.yaml")
     plan = make_plan(config, named_shape(shape))
     offload = " --offload" if config.optimizer.offload else ""
+    config_24gb = "--config config_24GB.yaml model.memory_gib=22.5"  # even if more is free
     return Work(
-        configs={"config.yaml": 10, "config_24GB.yaml": 3},
+        training={"train": ("--config config.yaml", 5), "train-24GB": (config_24gb, 3)},
         overrides="",
         tiny_run="",
         kill_after_step=20,
@@ -134,10 +142,11 @@ def whole_work(shape: str) -> Work:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure everything that needs a GPU.")
+    parser.add_argument("part", nargs="?", choices=PARTS, help="default: all parts in this order")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="3B", choices=SHAPES)
-    parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--out", type=Path, default=Path("card.md"))
+    parser.add_argument("--minutes", type=float, default=25, help="for all parts together")
+    parser.add_argument("--out", type=Path, help="default: card.md, or card-PART.md")
     parser.add_argument("--scratch", type=Path, help="directory for temporary models and runs")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -146,45 +155,68 @@ def main() -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; try the script with --device cpu --shape tiny")
-    report = Report(args.out.absolute(), args.minutes)
+    out = args.out or Path(f"card-{args.part}.md" if args.part else "card.md")
+    report, end = Report(out.absolute()), time.monotonic() + 60 * args.minutes
     work = small_work() if args.shape == "tiny" else whole_work(args.shape)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        measure(report, work, args, Path(scratch))
-    print(f"{args.out}: {len(report.rows)} parts, {report.num_failed} failed")
+        for part in [args.part] if args.part else PARTS:
+            report.deadline = min(end, time.monotonic() + 60 * PART_MINUTES)
+            PARTS[part](report, work, args, Path(scratch))
+    print(f"{out}: {len(report.rows)} results, {report.num_failed} failed")
     return int(report.num_failed > 0)
 
 
-def measure(report: Report, work: Work, args: argparse.Namespace, scratch: Path) -> None:
-    here, device = shlex.quote(str(scratch)), f"--device {args.device}"
-    train = f"{PYTHON} train.py"
-    make = f"{PYTHON} bench/card.py --make {here}/model --shape {args.shape} {device}"
-    report.run("make a random model", make, minutes=3)
-    for config in work.configs:
-        report.run(f"plan of {config}", f"{train} --plan --config {config}", minutes=1)
+def run_tests(report: Report, work: Work, args: argparse.Namespace, scratch: Path) -> None:
     report.run("tests for a GPU", f"{PYTHON} -m pytest -n 0 -m gpu", minutes=4)
 
-    common = f"model.device={args.device} {work.overrides}"
-    tiny = f"{train} --config config_tiny.yaml {common} {work.tiny_run}"
+
+def run_tiny(report: Report, work: Work, args: argparse.Namespace, scratch: Path) -> None:
+    here = shlex.quote(str(scratch))
+    tiny = f"{PYTHON} train.py --config config_tiny.yaml model.device={args.device} "
+    tiny += f"{work.overrides} {work.tiny_run} output_dir={here}"
     saved = scratch / f"killed/checkpoints/step-{work.kill_after_step:06d}"
-    report.run("tiny run", f"{tiny} output_dir={here}/whole", minutes=4)
-    report.run("tiny run, killed", f"{tiny} output_dir={here}/killed", minutes=3, kill_at=saved)
-    report.run("tiny run, resumed", f"{tiny} output_dir={here}/killed --resume", minutes=4)
+    report.run("tiny run", f"{tiny}/whole", minutes=4)
+    report.run("tiny run, killed", f"{tiny}/killed", minutes=3, kill_at=saved)
+    report.run("tiny run, resumed", f"{tiny}/killed --resume", minutes=4)
     compare(report, scratch / "whole", scratch / "killed")
 
-    rollout = f"{PYTHON} bench/rollout.py {work.shape} {device} {work.rollout}"
-    update = f"{PYTHON} bench/update.py {work.shape} {device} {work.update}"
+
+def run_benchmarks(report: Report, work: Work, args: argparse.Namespace, scratch: Path) -> None:
+    common = f"{work.shape} --device {args.device}"
+    rollout = f"{PYTHON} bench/rollout.py {common} {work.rollout}"
+    update = f"{PYTHON} bench/update.py {common} {work.update}"
     report.run("rollout against its floor", rollout, minutes=4)
     report.run("update against the rate of a large product", update, minutes=4)
-    for config, steps in work.configs.items():
-        report.run(
-            f"{steps} steps by {config}: peaks against the plan",
-            f"{train} --config {config} {common} model.path={here}/model task=tests.letters_task "
-            f"data.path=synthetic {work.held_out} training.max_steps={steps} "
-            f"training.eval_interval=1000 output_dir={here}/{config}",
-            minutes=10,
-        )
     if command := os.environ.get("GRPO_ZERO"):
         report.run("GRPO-Zero", command, minutes=5)
+
+
+def run_training(
+    part: str, report: Report, work: Work, args: argparse.Namespace, scratch: Path
+) -> None:
+    here, (config, steps) = shlex.quote(str(scratch)), work.training[part]
+    if not (scratch / "model").exists():
+        make = f"{PYTHON} bench/card.py --make {here}/model --shape {args.shape}"
+        report.run("make a random model", f"{make} --device {args.device}", minutes=3)
+    report.run(f"plan of {part}", f"{PYTHON} train.py --plan {config}", minutes=1)
+    report.run(
+        f"{steps} steps of {part}: peaks against the plan",
+        f"{PYTHON} train.py {config} model.device={args.device} {work.overrides} "
+        f"model.path={here}/model task=tests.letters_task data.path=synthetic {work.held_out} "
+        f"training.max_steps={steps} training.eval_interval=1000 output_dir={here}/{part}",
+        minutes=PART_MINUTES,
+    )
+    # The last checkpoint of the 3B model takes 37 GB; a disk may not hold two of them.
+    shutil.rmtree(scratch / part, ignore_errors=True)
+
+
+PARTS = {
+    "tests": run_tests,
+    "tiny": run_tiny,
+    "speed": run_benchmarks,
+    "train": functools.partial(run_training, "train"),
+    "train-24GB": functools.partial(run_training, "train-24GB"),
+}
 
 
 def compare(report: Report, whole: Path, resumed: Path) -> None:

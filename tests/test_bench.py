@@ -44,11 +44,19 @@ def test_a_benchmark_runs_at_a_tiny_shape(command, shown):
 def test_card_py_runs_without_a_gpu(tmp_path):
     report = tmp_path / "card.md"
     command = f"bench/card.py --device cpu --shape tiny --out {report} --scratch {tmp_path}"
-    assert "11 parts, 0 failed" in run(command, GRPO_ZERO="echo the seed system")
+    assert "13 results, 0 failed" in run(command, GRPO_ZERO="echo the seed system")
     text = report.read_text()
     assert "killed, as planned" in text
     assert "45 of 45 lines are equal" in text
     assert "the seed system" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["card.md"]  # no checkpoint is left
+
+
+@pytest.mark.parametrize(("part", "results"), [("speed", 2), ("train-24GB", 3)])
+@pytest.mark.slow
+def test_a_part_of_card_py_needs_no_other(part, results, tmp_path):
+    command = f"bench/card.py {part} --device cpu --shape tiny --out {tmp_path / 'card.md'}"
+    assert f"{results} results, 0 failed" in run(command)
 
 
 def test_lengths_are_geometric_and_cut_off():
