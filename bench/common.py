@@ -73,7 +73,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large product of random matrices."""
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    rate = 2 * size**3 / _typical_seconds(lambda: a @ b, device)
+    rate = 2 * size**3 / typical_seconds(lambda: a @ b, device)
     print(
         f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}; torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads"
@@ -85,12 +85,12 @@ def copy_rate(device: str) -> float:
     """Bytes/s of a large copy; bytes read and bytes written both count."""
     source = torch.randint(0, 100, (2**28 if device == "cuda" else 2**26,), device=device)
     target = torch.empty_like(source)
-    rate = 2 * source.nbytes / _typical_seconds(lambda: target.copy_(source), device)
+    rate = 2 * source.nbytes / typical_seconds(lambda: target.copy_(source), device)
     print(f"{device}: {rate / 1e9:.1f} GB/s")
     return rate
 
 
-def _typical_seconds(work: Callable[[], object], device: str) -> float:
+def typical_seconds(work: Callable[[], object], device: str) -> float:
     """The median of nine runs, after two warm-up runs."""
     seconds = []
     for _ in range(11):

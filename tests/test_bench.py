@@ -33,6 +33,7 @@ def run(arguments: str, **environment: str) -> str:
         ("bench/processes.py tiny 2 3 5 --dtype float32 --repeat 1", "1 processes of"),
         (f"{TORCHRUN} bench/processes.py tiny 2 3 5 --dtype float32 --repeat 1", "2 processes of"),
         ("bench/bf16.py", "plain bf16"),
+        ("bench/probe.py --tiny", "decides: LOGIT_CHUNK_BYTES"),
     ],
 )
 @pytest.mark.slow
