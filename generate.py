@@ -64,7 +64,7 @@ def scale_and_mask_(logits_PV: Tensor, temperature: float, vocab_size: int) -> T
     """
     if temperature != 1.0:
         logits_PV.div_(temperature)
-    logits_PV[:, vocab_size:] = MASKED
+    logits_PV[:, vocab_size:].fill_(MASKED)
     return logits_PV
 
 
