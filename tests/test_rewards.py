@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +253,7 @@ def test_a_task_can_be_tried_without_a_model(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def shared_reward():
     """One worker for all tests, replaced as often as the tests break it."""
+    forkserver._forkserver._stop()  # that of test_distributed.py does not ignore signals
     reward = isolated_reward("tests.misbehaving_task", timeout=NEVER, errors="stop")
     yield reward
     reward.close()
@@ -423,7 +425,8 @@ def processes(reward: Reward) -> list[int]:
 
 
 def test_a_worker_and_the_server_ignore_the_signals_of_a_terminal(reward):
-    pids = processes(reward("an answer", act="signals_itself_and_the_server"))
+    pids = processes(reward("an answer", act="tells_its_processes"))
+    reward("an answer", act="signals_itself_and_the_server")
     assert processes(reward("an answer", act="tells_its_processes")) == pids
     assert all(map(is_running, pids))
 
