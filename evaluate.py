@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import torch
 

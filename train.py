@@ -18,9 +18,9 @@ bit for bit.
 import os
 import sys
 
-# Before torch reads it: threads that wait sleep. If they spin beside another busy program, a step
-# takes twenty times as long (bench/LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch reads it: a thread that waits for another spins for microseconds, then sleeps. With
+# GNU OpenMP's default, a step beside another busy program takes ten times as long (bench/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
