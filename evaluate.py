@@ -176,9 +176,9 @@ class Evaluation:
         comparison = compare_models(*answers) if len(answers) == 2 else None
         how = f"temperature {self.temperature:g}" if self.temperature else "greedy"
         counted = f"{len(problems)} held-out questions, answers to each: {samples}"
-        print(f"{self.config.task}: {counted}, {how}\n{table(summaries)}")
+        log(f"{self.config.task}: {counted}, {how}\n{table(summaries)}")
         if comparison:
-            print(comparison_line(comparison))
+            log(comparison_line(comparison))
         if json_path:
             for summary, episodes in zip(summaries, answers, strict=True):
                 summary["answers"] = [report_record(e, problems) for e in episodes]
@@ -225,7 +225,7 @@ class Evaluation:
         check_length(model.config, len(prompt), max_gen_len, "the prompt")
         params = SamplingParams(max_gen_len, temperature, tokenizer.vocab_size, tokenizer.stop_ids)
         uniforms_G = torch.rand(max_gen_len, generator=seeded_generator(training.seed, "ask"))
-        print(question.prompt.rpartition("\n")[2], end="", flush=True)
+        print(printable(question.prompt.rpartition("\n")[2]), end="", flush=True)
         with cpu.packed_for_decoding(model, 1):
             tokens = generate_one(model, prompt, params, uniforms_G)
             answer, finished = print_tokens(tokens, tokenizer)

@@ -245,7 +245,34 @@ def test_a_task_is_checked_as_in_training(
     assert message in "".join(capsys.readouterr())
 
 
+HOSTILE = "\\x1b[31m\\u202e"
+
+
+# Catches: the table printed as it is.
+def test_kinds_of_problems_are_printed_without_control_characters(
+    models, chance_task, tmp_path, capsys
+):
+    (tmp_path / "hostile_kind_task.py").write_text(TASK.replace("of them", HOSTILE))
+    arguments = [*SHORT, "task=hostile_kind_task"]
+    directories = [str(models / "first"), str(models / "second")]
+    assert evaluate.main([*directories, *chance_task, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "  2 \\x1b[31m\\u202e, 1 questions" in shown
+    assert "difference" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
 # ---------------------------------------------------------------- one question
+
+
+# Catches: the end of the prompt printed as it is.
+def test_ask_prints_the_prompt_without_control_characters(models, chance_task, tmp_path, capsys):
+    (tmp_path / "hostile_prompt_task.py").write_text(TASK.replace("<think>", HOSTILE) + PARSE)
+    arguments = ["task=hostile_prompt_task", "--ask", "7", "training.max_gen_len=1"]
+    assert evaluate.main([str(models / "first"), *chance_task, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("\\x1b[31m\\u202e")
+    assert all(c.isprintable() or c == "\n" for c in shown)
 
 
 # Catches: complete = answer (broken characters are printed); printable left out.
