@@ -37,6 +37,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path):
         self._directory = directory
+        paths = _published_files(directory)
         text = read_text(directory / "tokenizer.json")
         settings = read_json(directory / "tokenizer_config.json")
         with _explained(f"{directory / 'tokenizer.json'} is damaged"):
@@ -50,8 +51,7 @@ class Tokenizer:
         self.vocab_size = max(known_ids) + 1
         self._chat_template = _read_chat_template(directory, settings)
         # Kept in memory, because a resumed run later deletes the checkpoint that it read them from.
-        paths = [directory / name for name in FILES]
-        self._files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        self._files = {path.name: path.read_bytes() for path in paths}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
@@ -110,6 +110,20 @@ class Tokenizer:
             return stop_ids, ""
         texts = [f"{name}: {self.decode(sorted(ids))}" for name, ids in named.items()]
         return stop_ids, f"answers end at {self.decode(sorted(stop_ids))} ({'; '.join(texts)})"
+
+
+def _published_files(directory: Path) -> list[Path]:
+    """Raises ValueError for a link out of the directory, which may lead to a private file."""
+    root = directory.resolve()
+    places = {root, root.parent.parent / "blobs"}  # where the snapshots of the hub's cache link to
+    paths = [path for path in map(directory.joinpath, FILES) if path.is_file()]
+    for path in paths:
+        if places.isdisjoint(path.resolve().parents):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside of the model's directory, and "
+                "checkpoints would publish its content; replace the link by the model's own file"
+            )
+    return paths
 
 
 def _special_tokens(settings: dict) -> dict[str, str]:

@@ -484,3 +484,37 @@ def test_a_tokenizer_can_be_saved_after_its_directory_is_deleted(tmp_path):
     tokenizer.save_pretrained(tmp_path / "step-000300")
     again = Tokenizer.from_pretrained(tmp_path / "step-000300")
     assert again.encode("hi") == tokenizer.encode("hi")
+
+
+# Catches: the links of a downloaded directory followed, so that a private file is published.
+def test_a_link_out_of_the_directory_is_refused(tmp_path):
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "private").write_text("a secret")
+    for target in ("../private", tmp_path / "private"):
+        link = tmp_path / "model/vocab.json"
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=r"vocab.json is a link to .*/private, outside"):
+            Tokenizer.from_pretrained(tmp_path / "model")
+        link.unlink()
+    (tmp_path / "model/special_tokens_map.json").symlink_to("tokenizer_config.json")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")  # a link to the whole directory is the user's own
+    assert Tokenizer.from_pretrained(tmp_path / "link").stop_ids == tokenizer.stop_ids
+
+
+# Catches: every link refused. The hub's cache consists of links.
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
+    cache = tmp_path / "hub/models--a--b"
+    snapshot, blobs = cache / "snapshots/0a1b", cache / "blobs"
+    published = write_tokenizer(tmp_path / "published")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(published.iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    (tmp_path / "elsewhere").symlink_to("hub")
+    for directory in (snapshot, tmp_path / "elsewhere/models--a--b/snapshots/0a1b"):
+        Tokenizer.from_pretrained(directory).save_pretrained(tmp_path / "new")
+        for file in published.iterdir():
+            assert not (tmp_path / "new" / file.name).is_symlink()
+            assert (tmp_path / "new" / file.name).read_bytes() == file.read_bytes()
