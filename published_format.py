@@ -90,6 +90,10 @@ def read_config(path: Path) -> PublishedConfig:
             raise ValueError(f"{path} lacks {missing}; {fix}") from None
         name = wrong[0]["loc"][0]
         raise ValueError(f"{path}: {name}={raw[name]!r:.100}: {wrong[0]['msg']}; {fix}") from None
+    for rope in (config.rope_scaling, config.rope_parameters):
+        if rope and rope.rope_theta not in (None, config.rope_theta):
+            got = f"rope_theta is both {config.rope_theta:g} and {rope.rope_theta:g}"
+            raise ValueError(f"{path}: {got}; keep the one that the model was trained with")
     size, heads = config.hidden_size, config.num_attention_heads
     key_heads, head_size = config.num_key_value_heads, config.head_dim or size // heads
     # RoPE rotates pairs of dimensions, so the head size must be even.

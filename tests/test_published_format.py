@@ -191,6 +191,7 @@ def read(tmp_path, raw) -> Qwen2Config:
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}
+OTHER_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 NEW_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "rope_theta": None}
 
 
@@ -259,6 +260,9 @@ def test_defaults_of_published_configs(tmp_path):
         ({"hidden_size": None, "rms_norm_eps": None}, "lacks hidden_size, rms_norm_eps; "),
         ({"hidden_size": None, "model_type": "gpt2"}, "model_type='gpt2'"),
         ({"rope_theta": None}, "lacks rope_theta"),
+        # transformers 4 takes the first, transformers 5 the second
+        ({"rope_parameters": OTHER_ROPE}, "rope_theta is both 1000 and 1e+06"),
+        ({"rope_scaling": OTHER_ROPE}, "rope_theta is both 1000 and 1e+06"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(changes, named, tmp_path):
