@@ -49,6 +49,13 @@ class Tokenizer:
         known_ids = set(self._fast.get_vocab(with_added_tokens=True).values())
         self.stop_ids, self.stop_conflict = self._read_stop_ids(known_ids)
         self.vocab_size = max(known_ids) + 1
+        path = directory / "config.json"
+        rows = read_json(path).get("vocab_size") if path.exists() else None
+        if isinstance(rows, int) and rows < self.vocab_size:
+            raise ValueError(
+                f"{directory}: the tokenizer has {self.vocab_size} entries, but the model only "
+                f"{rows} rows; resize its embedding, or use the tokenizer that belongs to it"
+            )
         self._chat_template = _read_chat_template(directory, settings)
         # Kept in memory, because a resumed run later deletes the checkpoint that it read them from.
         self._files = {path.name: path.read_bytes() for path in paths}

@@ -234,11 +234,6 @@ class Run:
 
     def begin(self, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW) -> None:
         """Check that the parts fit together, restore the optimizer state and open the logs."""
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"{self.model_dir}: the tokenizer has {tokenizer.vocab_size} entries, but the "
-                f"model only {model.config.vocab_size} rows; they belong to different models"
-            )
         if tokenizer.stop_conflict:
             console.log(f"note: {tokenizer.stop_conflict}")
         self._check_made_for(tokenizer)

@@ -10,6 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as FastTokenizer
 
 import evaluate
 from tests.helpers import add_checksums
@@ -243,6 +244,21 @@ def test_a_task_is_checked_as_in_training(
         changes[1] = "data={count: 3}"
     assert evaluate.main([str(models / "first"), *config, *changes]) == code
     assert message in "".join(capsys.readouterr())
+
+
+# Catches: only train.py compares the tokenizer with the model, so that a prompt or a stop token
+# beyond the embedding is an IndexError.
+@pytest.mark.parametrize("options", [SHORT, ASK], ids=["score", "ask"])
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused(
+    options, models, chance_task, tmp_path, capsys
+):
+    shutil.copytree(models / "first", tmp_path / "added")
+    fast = FastTokenizer.from_file(str(tmp_path / "added/tokenizer.json"))
+    rows = json.loads((tmp_path / "added/config.json").read_text())["vocab_size"]
+    fast.add_special_tokens([f"<more {i}>" for i in range(rows)])
+    fast.save(str(tmp_path / "added/tokenizer.json"))
+    assert evaluate.main([str(tmp_path / "added"), *chance_task, *options]) == 2
+    assert f"but the model only {rows} rows; resize" in capsys.readouterr().err
 
 
 HOSTILE = "\\x1b[31m\\u202e"

@@ -54,7 +54,7 @@ def saved(request, tmp_path_factory) -> Path:
         source = directory / "source"
         make_tokenizer(source)
     Tokenizer.from_pretrained(source).save_pretrained(directory / "saved")
-    config = asdict(CONFIG) | {"eos_token_id": None}
+    config = asdict(CONFIG) | {"eos_token_id": None, "vocab_size": 151_936}
     write_config(directory / "saved/config.json", config, torch.float32)
     return directory / "saved"
 
