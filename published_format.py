@@ -5,6 +5,7 @@ file and the fix.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -359,10 +360,11 @@ def _read_parquet(path: Path, columns: Sequence[str], remedy: str) -> Rows:
     import pyarrow as pa  # from the optional dependency group "data"
     import pyarrow.parquet as pq
 
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else sorted((path / "data").glob("*.parquet"))
+    files = files or sorted(path.rglob("*.parquet"))
     # With several splits beside each other, the test split must not be trained on.
-    parts = {file: file.relative_to(path).parts for file in files}
-    files = [f for f in files if any(part.startswith("train") for part in parts[f])] or files
+    by_name = [file for file in files if "train" in re.split("[^a-z]+", file.stem.lower())]
+    files = by_name or [file for file in files if file.parent.name == "train"] or files
     if not files:
         problem = "does not exist"
         if path.exists():

@@ -96,7 +96,8 @@ class Tokenizer:
         """The ids that any of the files names, and what the files say if they disagree.
 
         A fine-tuned model often names the end of its turns in only one of them. They agree if the
-        first file that names any, which other programs obey, names all.
+        first file that names any, which other programs obey, names all. An id that only a later
+        file names must be a special token: such a file may have been forgotten in a change.
         """
         named = {}
         for name in ("generation_config.json", "config.json"):
@@ -106,28 +107,37 @@ class Tokenizer:
         eos_token = self._special_tokens.get("eos_token", "")
         named["tokenizer_config.json"] = [self._fast.token_to_id(eos_token)]
         named = {name: ids for name, ids in named.items() if ids not in ([], [None])}
-        ids = list(itertools.chain(*named.values()))
+        ids, *others = named.values() if named else [[]]
         if not ids or not all(type(i) is int and i in known_ids for i in ids):
             raise ValueError(
                 f"{self._directory}: stop ids {named!r:.200} are not ids of the tokenizer; set "
                 "eos_token_id in that file, or eos_token in tokenizer_config.json"
             )
-        stop_ids = frozenset(ids)
-        if stop_ids == set(next(iter(named.values()))):
+        added = self._fast.get_added_tokens_decoder().items()
+        special = {i for i, token in added if token.special}
+        stop_ids = frozenset(ids) | special.intersection(*[itertools.chain(*others)])
+        if stop_ids == set(ids):
             return stop_ids, ""
-        texts = [f"{name}: {self.decode(sorted(ids))}" for name, ids in named.items()]
+        texts = [
+            f"{name}: {self.decode([i for i in ids if i in stop_ids])}"
+            for name, ids in named.items()
+        ]
         return stop_ids, f"answers end at {self.decode(sorted(stop_ids))} ({'; '.join(texts)})"
 
 
 def _published_files(directory: Path) -> list[Path]:
-    """Raises ValueError for a link out of the directory, which may lead to a private file."""
+    """Raises ValueError for a link out of the directory, which may lead to a private file.
+
+    Links into the hub's cache (models--NAME/blobs) lead to published files.
+    """
     root = directory.resolve()
-    places = {root, root.parent.parent / "blobs"}  # where the snapshots of the hub's cache link to
     paths = [path for path in map(directory.joinpath, FILES) if path.is_file()]
     for path in paths:
-        if places.isdisjoint(path.resolve().parents):
+        target = path.resolve()
+        is_published = target.parent.name == "blobs" and "models--" in target.parent.parent.name
+        if root not in target.parents and not is_published:
             raise ValueError(
-                f"{path} is a link to {path.resolve()}, outside of the model's directory, and "
+                f"{path} is a link to {target}, outside of the model's directory, and "
                 "checkpoints would publish its content; replace the link by the model's own file"
             )
     return paths

@@ -208,7 +208,7 @@ def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
     by_name = {}  # if several sections have this name, that of `key` comes last and wins
     for known in sorted(fields, key=lambda known: known.startswith(f"{section}.")):
         by_name[known.rpartition(".")[2]] = known
-        by_name["".join(word[0] for word in known.rpartition(".")[2].split("_"))] = known  # lr
+        by_name["".join(word[:1] for word in known.rpartition(".")[2].split("_"))] = known  # lr
     own = [n for n, known in by_name.items() if known.startswith(f"{section}.")]
     nearest = [m for names in (own, by_name) for m in difflib.get_close_matches(name, names, n=1)]
     if section == "data" and not (nearest and by_name[nearest[0]].startswith("data.")):

@@ -303,7 +303,12 @@ def _remedy(config: Config, shape: Qwen2Config, cards: int, held_out: int, plan:
             changed = config.model_copy(update={"training": training, "optimizer": optimizer})
             if settings and _plan(changed, shape, cards, held_out, plan.budget).fits:
                 return "set " + " and ".join(f"{key}={value}" for key, value in settings.items())
-    needed = math.ceil(100 * plan.needed / GIB) / 100
+    fewer = [held_out >> shift for shift in range(1, held_out.bit_length())]
+    for n in fewer if hasattr(config.data, "test_size") else []:
+        if _plan(config, shape, cards, n, plan.budget).fits:
+            return f"set data.test_size={n}"
+    reserve = RESERVE_BYTES if config.model.memory_gib is None else 0
+    needed = math.ceil(100 * (plan.needed + reserve) / GIB) / 100
     if config.model.memory_gib is None:
         return f"{needed:.2f} GiB of free memory would be enough; otherwise use a smaller model"
     return f"set model.memory_gib={needed:.2f} if that much is available, or use a smaller model"

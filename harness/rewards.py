@@ -45,6 +45,7 @@ MAX_MEMORY = 4 * 1024**3  # bytes that a reward function may allocate
 MAX_REPLY = 2**20  # bytes
 SERVER_SECONDS = 1.0  # to wait before the second try to start a worker
 CHECK_SECONDS = 1.0  # how often a wait for the worker is checked for a signal
+ROOT = Path(__file__).parent.parent
 JUNK = "</think> no idea\n<answer>1 / 0 = ² \0</answer>"
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -93,13 +94,20 @@ def call_task(task: ModuleType, name: str, *arguments: Any) -> Any:
         raise
     except Exception as error:
         message = str(error)
-        raised_by = traceback.extract_tb(error.__traceback__)[-1].line or ""
-        if not isinstance(error, ValueError) or not raised_by.startswith("raise"):
+        raised_by = traceback.extract_tb(error.__traceback__)[-1]
+        is_message = isinstance(error, ValueError) and (raised_by.line or "").startswith("raise")
+        if not is_message or not _is_own_code(raised_by.filename, task):
             line = _line_in_task(getattr(task, name), error)
             message = f"{name} raised {error!r:.300} ({line})"
         if isinstance(error, AttributeError) and isinstance(error.obj, BaseModel):
             message += f"; declare data.{error.name} in a class Data, as in countdown_task.py"
         raise ValueError(f"task={task.__name__!r}: {message}") from None
+
+
+def _is_own_code(filename: str, task: ModuleType) -> bool:
+    """Whether a file belongs to this repository or is the task, and not to a library."""
+    is_library = "site-packages" in filename or "dist-packages" in filename
+    return filename == task.__file__ or (filename.startswith(str(ROOT)) and not is_library)
 
 
 def try_task(task: ModuleType, problem: dict, tokenizer: Tokenizer, reward: Callable) -> str:
@@ -113,7 +121,7 @@ def try_task(task: ModuleType, problem: dict, tokenizer: Tokenizer, reward: Call
             f"task={task.__name__!r}: render_prompt returned {prompt!r:.100}; it must return the "
             "prompt as text, for example tokenizer.render_chat(messages)"
         )
-    answers = {"an empty answer": "", "junk": JUNK}
+    answers = {"an empty answer": "", f"the answer {JUNK!r}": JUNK}
     if hasattr(task, "right_answer"):
         answers["a right answer"] = call_task(task, "right_answer", problem)
     scored = {name: reward(answer, **problem) for name, answer in answers.items()}
@@ -205,9 +213,9 @@ class IsolatedReward:
         try:
             self._connection.send_bytes(request)
             end = time.monotonic() + self.timeout
-            while not self._connection.poll(min(CHECK_SECONDS, self.timeout)):
+            while not self._connection.poll(min(CHECK_SECONDS, max(0, end - time.monotonic()))):
                 self.check()
-                if time.monotonic() > end:
+                if time.monotonic() >= end:
                     return (
                         f"took longer than {self.timeout:g} s ({self._line}); make it faster or "
                         "raise training.reward_timeout"

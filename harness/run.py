@@ -51,6 +51,9 @@ from published_format import read_json
 from qwen2_model import Qwen2Config, Transformer
 from tokenizer import Tokenizer
 
+# Ranks may differ in these: each machine has its own paths and memory.
+LOCAL_KEYS = ("output_dir", "model.path", "model.memory_gib", "data.path")
+
 # A resumed run may not change these: it would be a different run.
 FIXED_KEYS = (
     "task",
@@ -85,8 +88,7 @@ class Run:
         self.signals, self.world = Signals(), SingleProcess()
         self._closing = contextlib.ExitStack()
         console.prepare_streams()
-        # A WORLD_SIZE without a RANK is left over from something else.
-        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if _num_launched() > 1:
             self.world = Torchrun()
             self._closing.callback(self.world.close)
         if self.world.rank > 0:  # rank 0 prints for all of them
@@ -144,8 +146,10 @@ class Run:
         if self.world.rank == 0:
             self.lock = OutputLock(self.directory)
             self._closing.callback(self.lock.release)
-        found = self.config_path.exists(), bool(checkpoints(self.checkpoints))
-        holds_run, has_checkpoint = self.world.all_gather_objects(found)[0]
+        metrics = self.directory / "metrics.jsonl"
+        has_trained = metrics.exists() and b'"loss"' in metrics.read_bytes()
+        found = self.config_path.exists(), has_trained or bool(checkpoints(self.checkpoints))
+        holds_run, has_trained = self.world.all_gather_objects(found)[0]
         is_seen = self.directory.is_dir() and self.config_path.exists() == holds_run
         seen = self.world.all_gather_objects(is_seen)
         if not all(seen):
@@ -153,7 +157,7 @@ class Run:
                 f"output_dir={self.directory} is not the same directory on ranks 0 and "
                 f"{seen.index(False)}; all ranks must see one, on a shared file system"
             )
-        if holds_run and has_checkpoint and not arguments.resume:
+        if holds_run and has_trained and not arguments.resume:
             raise ValueError(
                 f"output_dir={self.directory} holds a run; add --resume to continue it, or choose "
                 "another output_dir"
@@ -164,9 +168,9 @@ class Run:
             self._resume(arguments.overrides)
             return
         if holds_run:
-            console.log(f"{self.directory} holds a run without a checkpoint: starting over")
+            console.log(f"{self.directory} holds a run without a training step: starting over")
         if arguments.resume:
-            if "WORLD_SIZE" not in os.environ:
+            if _num_launched() == 1:
                 raise FileNotFoundError(
                     f"output_dir={self.directory} of {arguments.config} holds no run to resume; "
                     "add the run's own --config or output_dir, or start without --resume"
@@ -210,12 +214,13 @@ class Run:
             raise Finished
 
     def _is_evaluated(self) -> bool:
-        """Whether a line about an evaluation follows those of the checkpoint."""
+        """Whether the model of the checkpoint has been evaluated: the line follows its own."""
         metrics = b""
         if self.world.rank == 0 and (self.directory / "metrics.jsonl").exists():
             metrics = (self.directory / "metrics.jsonl").read_bytes()
-        after = metrics[self.state.log_sizes.get("metrics.jsonl", 0) :]
-        return self.world.all_gather_objects(after.endswith(b"\n"))[0]
+        next_line = metrics[self.state.log_sizes.get("metrics.jsonl", 0) :].partition(b"\n")[0]
+        is_evaluated = b'"eval/success"' in next_line and next_line.endswith(b"}")
+        return self.world.all_gather_objects(is_evaluated)[0]
 
     def _load_problems(self) -> tuple:
         """Load the task's problems. Raises FileNotFoundError that names everything missing."""
@@ -274,14 +279,17 @@ class Run:
         prompts = repr([question.prompt_token_ids for question in questions]).encode()
         local = self.config.model_dump(mode="json") | {
             "checksum of the first prompts": zlib.crc32(prompts),
-            # A sum of integers is exact in any order.
-            "sum of the weights' bits": int(
-                self.optimizer.weights.view(torch.int16).sum(dtype=torch.int64)
+            # A sum of integers is exact in any order. In pieces, because it copies them to int64.
+            "sum of the weights' bits": sum(
+                int(piece.sum(dtype=torch.int64))
+                for piece in self.optimizer.weights.view(torch.int16).split(2**24)
             ),
         }
         first, *others = self.world.all_gather_objects(local)
         for rank, other in enumerate(others, 1):
             for key, a, b in differences(first, other):
+                if key in LOCAL_KEYS:
+                    continue
                 raise ValueError(
                     f"{key} is {a!r} on rank 0 and {b!r} on rank {rank}; start all ranks with the "
                     "same command, the same code and the same files"
@@ -590,6 +598,11 @@ class Run:
         return text
 
 
+def _num_launched() -> int:
+    """The number of processes of torchrun. A WORLD_SIZE without a RANK is left over from others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """config, resume, plan (the number of GPUs, None without --plan) and overrides."""
     parser = argparse.ArgumentParser(description="Train a Qwen2.5 model with GRPO.")
@@ -598,9 +611,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     text = "continue the run in output_dir with its own config"
     mode.add_argument("--resume", action="store_true", help=text)
-    num_ranks = os.environ.get("WORLD_SIZE", "1")
     text = "print two prompts of the task and its rewards of made-up answers, and exit"
     mode.add_argument("--try-task", action="store_true", help=text)
+    num_ranks = str(_num_launched())
     text = "print the memory that the run needs on each of CARDS GPUs (default: 1), and exit"
     mode.add_argument("--plan", nargs="?", const=num_ranks, metavar="CARDS", help=text)
     text = "for example training.learning_rate=5e-6"

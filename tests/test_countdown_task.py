@@ -6,6 +6,7 @@ import json
 import operator
 import random
 import re
+import shutil
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -747,6 +748,30 @@ def test_rows_of_a_test_split_are_not_trained_on(tmp_path):
 
 
 ADDITION = {"nums": [[1, 2], [3, 4]], "target": [3, 7]}
+
+
+@pytest.mark.parametrize("names", ["train-0 test-0", "gsm_train gsm_test", "0000_train valid"])
+def test_a_split_is_told_by_the_word_in_its_name(names, tmp_path):
+    # Catches: any folder or file whose name begins with "train", train_sets included.
+    directory = tmp_path / "train_sets"
+    for name in names.split():
+        rows = ADDITION if "train" in name else {"nums": [[5, 6]], "target": [11]}
+        write_parquet(tmp_path / name, "rows.parquet", rows)
+        directory.mkdir(exist_ok=True)
+        (tmp_path / name / "data/rows.parquet").rename(directory / f"{name}.parquet")
+    for name in names.split():
+        shutil.rmtree(tmp_path / name)
+    train, test = load_problems(data_config(tmp_path, test_size=1))
+    assert [problem["target"] for problem in [*train, *test]] == [3, 7]
+
+
+def test_a_folder_data_that_is_a_link_is_read_and_other_folders_are_not(tmp_path):
+    # Catches: rglob alone, which does not follow links.
+    write_parquet(tmp_path / "real", "train-0.parquet", ADDITION)
+    write_parquet(tmp_path / "dataset/other", "train-0.parquet", {"nums": [[5]], "target": [5]})
+    (tmp_path / "dataset/data").symlink_to(tmp_path / "real/data")
+    train, test = load_problems(data_config(tmp_path / "dataset", test_size=1))
+    assert [problem["target"] for problem in [*train, *test]] == [3, 7]
 
 
 @pytest.mark.parametrize("folder", ["", "main", "default/train"])

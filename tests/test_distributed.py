@@ -435,7 +435,8 @@ if os.environ["RANK"] == "1":
         train.Transformer.from_pretrained = load_other
     if what == "directory":
         arguments.append(f"output_dir={os.environ['OTHER']}")
-sys.exit(train.main(arguments))
+if __name__ == "__main__":  # not in the process that scores answers
+    sys.exit(train.main(arguments))
 """
 
 

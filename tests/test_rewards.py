@@ -14,7 +14,7 @@ import pytest
 import countdown_task
 import train
 from data_types import Reward
-from harness.rewards import isolated_reward, load_problems, load_task
+from harness.rewards import JUNK, isolated_reward, load_problems, load_task
 from qwen2_model import Transformer
 from tests import misbehaving_task
 
@@ -188,6 +188,11 @@ BUGS = {  # name -> (text, its replacement, what the message says)
         ["fails on 'hi'", 'a list of {"role", "content"}'],
     ),
     "number": ("Reward(float(r", "0.5, (float(r", ["returned (0.5, (", 'Reward(x, {"answer": x})']),
+    "library": (
+        'content": problem["word"]',
+        'content": __import__("json").loads(problem["word"])',
+        ["render_prompt raised JSONDecodeError", "py:8"],
+    ),
     "index": (
         "    return Reward(",
         "    response.split()[0]\n    return Reward(",
@@ -242,7 +247,8 @@ def test_a_task_can_be_tried_without_a_model(tmp_path, monkeypatch, capsys):
             f"{{'word': '{word}'}}\n<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant"
             in out
         )
-    assert out.count("an empty answer: reward 0 (answer 0)\njunk: reward 0 (answer 0)\n") == 2
+    assert out.count("an empty answer: reward 0 (answer 0)\n") == 2
+    assert out.count(f"the answer {JUNK!r}: reward 0 (answer 0)\n") == 2
     assert out.count("a right answer: reward 1 (answer 1)\n") == 2
     assert not (tmp_path / "run").exists()
 

@@ -849,9 +849,19 @@ def test_a_run_in_which_nothing_was_trained_starts_over_by_itself(base_model, tm
         assert train.main(command(tmp_path / "run", base_model)) == 130
     assert (tmp_path / "run/config.yaml").exists()
     assert train.main(command(tmp_path / "run", base_model, "training.max_steps=1")) == 0
-    assert "holds a run without a checkpoint: starting over" in capsys.readouterr().out
+    assert "holds a run without a training step: starting over" in capsys.readouterr().out
     assert [record["step"] for record in records(tmp_path / "run")] == [1]
     assert "max_steps: 1" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_the_logs_of_a_trained_run_are_kept_even_if_its_checkpoints_are_gone(finished, capsys):
+    # Catches: every run without a checkpoint started over.
+    directory, arguments = finished
+    shutil.rmtree(directory / "checkpoints")
+    before = (directory / "metrics.jsonl").read_text()
+    assert train.main([argument for argument in arguments if argument != "--resume"]) == 2
+    assert "holds a run; add --resume" in capsys.readouterr().err
+    assert (directory / "metrics.jsonl").read_text() == before
 
 
 def test_a_finished_run_says_what_to_raise(finished, capsys):
