@@ -397,8 +397,8 @@ torch.distributed.reduce_scatter_tensor = reduce_scatter
 def render_prompt(problem, tokenizer):
     global prompts
     prompts += 1
-    # 5 held-out questions, 4 that the ranks compare at the start, 4 in each of two steps
-    if prompts == 5 + 4 + 2 * 4 + 2 and what not in ("memory", "collective") and is_due():
+    # 2 that are tried at the start, 5 held-out questions, 4 that the ranks compare, 4 in each step
+    if prompts == 2 + 5 + 4 + 2 * 4 + 2 and what not in ("memory", "collective") and is_due():
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "launcher":
