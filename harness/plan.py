@@ -30,8 +30,9 @@ STEP_BUFFERS = 4
 GRAPH_BYTES = 2**16
 CHUNK_BUFFERS = 1.5  # float32 logits of a chunk of the loss, and their gradient in bf16
 UPDATE_BUFFERS = 8  # float32 temporaries of a piece of the optimizer step
-# Per token of a micro-batch, with geometric answer lengths of any mean from 64 to 1,024 tokens: the
-# queries of attention, padded to equal lengths, and its keys, as each answer copies its prompt's.
+# Per token of a micro-batch: the queries of attention, padded to equal lengths, and its keys, as
+# each answer copies its prompt's. For geometric lengths with means of 128 to 1,024 tokens; shorter
+# answers to long prompts can need a few percent more than the plan (bench/LOG.md).
 QUERIES_PER_TOKEN, KEYS_PER_TOKEN = 1.35, 2.5
 TRANSIT = 2**23  # elements that the ranks exchange in one collective call
 
