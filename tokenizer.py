@@ -107,7 +107,7 @@ class Tokenizer:
         eos_token = self._special_tokens.get("eos_token", "")
         named["tokenizer_config.json"] = [self._fast.token_to_id(eos_token)]
         named = {name: ids for name, ids in named.items() if ids not in ([], [None])}
-        ids, *others = named.values() if named else [[]]
+        ids = next(iter(named.values()), [])
         if not ids or not all(type(i) is int and i in known_ids for i in ids):
             raise ValueError(
                 f"{self._directory}: stop ids {named!r:.200} are not ids of the tokenizer; set "
@@ -115,13 +115,13 @@ class Tokenizer:
             )
         added = self._fast.get_added_tokens_decoder().items()
         special = {i for i, token in added if token.special}
-        stop_ids = frozenset(ids) | special.intersection(*[itertools.chain(*others)])
+        allowed = special.union(ids)
+        for name, all_ids in named.items():
+            named[name] = [i for i in all_ids if type(i) is int and i in allowed]
+        stop_ids = frozenset(itertools.chain(*named.values()))
         if stop_ids == set(ids):
             return stop_ids, ""
-        texts = [
-            f"{name}: {self.decode([i for i in ids if i in stop_ids])}"
-            for name, ids in named.items()
-        ]
+        texts = [f"{name}: {self.decode(sorted(ids))}" for name, ids in named.items()]
         return stop_ids, f"answers end at {self.decode(sorted(stop_ids))} ({'; '.join(texts)})"
 
 

@@ -28,8 +28,10 @@ SOLVED = 0.99  # below: partial credit, which a policy would learn to collect in
 
 
 class Data(BaseModel, extra="allow", frozen=True):
-    """The section `data` of the config. A key that is not declared here is the name of a dataset,
-    and its value are the parameters of that dataset."""
+    """The section `data` of the config.
+
+    A key that is not declared here is the name of a dataset; its value holds the parameters.
+    """
 
     dataset: str  # a name from reasoning_gym.factory.DATASETS
     test_size: int = Field(ge=1, le=10**6)  # held-out problems

@@ -146,9 +146,7 @@ class Run:
         if self.world.rank == 0:
             self.lock = OutputLock(self.directory)
             self._closing.callback(self.lock.release)
-        metrics = self.directory / "metrics.jsonl"
-        has_trained = metrics.exists() and b'"loss"' in metrics.read_bytes()
-        found = self.config_path.exists(), has_trained or bool(checkpoints(self.checkpoints))
+        found = self.config_path.exists(), self._has_trained()
         holds_run, has_trained = self.world.all_gather_objects(found)[0]
         is_seen = self.directory.is_dir() and self.config_path.exists() == holds_run
         seen = self.world.all_gather_objects(is_seen)
@@ -212,6 +210,13 @@ class Run:
             setting = f"training.max_steps={self.state.step}"
             console.log(f"{self.directory} is finished; to train on, raise {setting}")
             raise Finished
+
+    def _has_trained(self) -> bool:
+        """Whether the directory holds a checkpoint, or the log of a training step."""
+        if checkpoints(self.checkpoints):
+            return True
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.exists() and b'"loss"' in metrics.read_bytes()
 
     def _is_evaluated(self) -> bool:
         """Whether the model of the checkpoint has been evaluated: the line follows its own."""

@@ -218,6 +218,7 @@ STOPS = {  # generation_config.json, changes of tokenizer_config.json, config.js
     "an eos_token that is no token": ({"eos_token_id": PAD}, {"eos_token": "<no>"}, {}, {PAD}),
     "only config.json": (None, {"eos_token": None}, {"eos_token_id": [END, PAD]}, {END, PAD}),
     "a text token in a later file": ({"eos_token_id": END}, {}, {"eos_token_id": 5}, {END}),
+    "no ids in a later file": ({"eos_token_id": END}, {}, {"eos_token_id": [[PAD], "2"]}, {END}),
     "an unknown id in a later file": ({"eos_token_id": END}, {}, {"eos_token_id": 10**6}, {END}),
     "the first names all": ({"eos_token_id": [END, PAD]}, {}, {"eos_token_id": PAD}, {END, PAD}),
 }
