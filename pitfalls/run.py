@@ -8,8 +8,9 @@ runs/pitfalls. A finished run is not repeated, so the command can be stopped and
 given for one name at a time and at the end without names.
 
 Success is that on the held-out questions, before the first step and after the last: the mean over
-the seeds, with the 95 % interval of the mean (Student's t). The metric of a pitfall is averaged
-over all steps and seeds.
+the seeds, and for the last the 95 % interval of the mean (Student's t). "difference" is that of the
+last values of the two runs with the same seed, in percentage points, with its interval. The metric
+of a pitfall is a mean over the seeds.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from variants.run import ROOT, T_95, SeedRun, mean_curve, train
+from variants.run import ROOT, T_95, SeedRun, evaluations, interval, mean_curve, train
 
 PITFALLS, RUNS = ROOT / "pitfalls", ROOT / "runs" / "pitfalls"
 HEAD = (
-    "| pitfall | reported | success, core | success, with the bug | what shows it "
-    "| its mean, core → bug | caught by |"
+    "| pitfall | reported | success, core | success, with the bug | difference | what shows it "
+    "| its value, core → bug | caught by |"
 )
 
 
@@ -60,7 +61,7 @@ def fields(patch: Path) -> dict[str, str]:
 
 
 def table(rows: list[str]) -> str:
-    return "\n".join([HEAD, "| --- " * 7 + "|", *rows])
+    return "\n".join([HEAD, "| --- " * 8 + "|", *rows])
 
 
 def row(patch: Path, core: list[SeedRun], bug: list[SeedRun]) -> str:
@@ -68,8 +69,8 @@ def row(patch: Path, core: list[SeedRun], bug: list[SeedRun]) -> str:
     field = fields(patch)
     metric, caught_by = field["Metric"], field["Caught by"].partition("::")[2]
     cells = [f"[`{patch.stem}`](#{patch.stem})", links(field["Reported"])]
-    cells += [success(core), success(bug), f"`{metric}`: {field['Symptom']}"]
-    cells += [f"{average(metric, core)} → {average(metric, bug)}", f"`{caught_by}`"]
+    cells += [success(core), success(bug), difference(core, bug)]
+    cells += [f"`{metric}`: {field['Symptom']}", values(metric, core, bug), f"`{caught_by}`"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -91,9 +92,31 @@ def success(runs: list[SeedRun]) -> str:
     return f"{before:.1f} → {after:.1f} % ({low:.1f} … {high:.1f})"
 
 
-def average(metric: str, runs: list[SeedRun]) -> str:
-    values = [record[metric] for run in runs for record in run.metrics if metric in record]
-    return f"{fmean(values):.3g}" if values else "–"
+def difference(core: list[SeedRun], bug: list[SeedRun]) -> str:
+    """How much more success there is with the bug, from pairs of runs with the same seed."""
+    if not core:
+        return "–"
+    pairs = zip(core, bug, strict=True)
+    mean, low, high = interval([100 * (last_success(b) - last_success(a)) for a, b in pairs])
+    return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+def last_success(run: SeedRun) -> float:
+    return evaluations(run)[-1]["eval/success"]
+
+
+def values(metric: str, core: list[SeedRun], bug: list[SeedRun]) -> str:
+    """The metric of a training step without and with the bug: in the first step, and on average."""
+    if not core:
+        return "–"
+    cells = []
+    for runs in (core, bug):
+        steps = [[r[metric] for r in run.metrics if metric in r] for run in runs]
+        cells += [fmean(step[0] for step in steps), fmean(x for step in steps for x in step)]
+    first, mean, bug_first, bug_mean = (
+        f"{cell:,.0f}" if cell >= 1000 else f"{cell:.3g}" for cell in cells
+    )
+    return f"first step {first} → {bug_first}, mean {mean} → {bug_mean}"
 
 
 if __name__ == "__main__":

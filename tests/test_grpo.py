@@ -67,12 +67,12 @@ def test_advantages_by_hand():
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.1, 1 / 3, -7.7, 1e-30])
-@pytest.mark.parametrize("answers", [2, 3, 7, 1000])
+@pytest.mark.parametrize("answers", [2, 3, 7, 8, 1000])
 def test_equal_rewards_give_advantages_of_exactly_0(reward, answers):
-    # Catches: masked_fill dropped. The mean of three times 0.1 is not 0.1.
-    advantages_NM = group_advantages(
-        torch.tensor([[reward] * answers, [0.0] * (answers - 1) + [1.0]])
-    )
+    # Catches: masked_fill dropped. The mean that torch computes of 8 times 0.1 is not 0.1.
+    equal, unequal = [reward] * answers, [0.0] * (answers - 1) + [1.0]
+    assert torch.equal(group_advantages(torch.tensor([equal])), torch.zeros(1, answers))
+    advantages_NM = group_advantages(torch.tensor([equal, unequal]))
     assert torch.equal(advantages_NM[0], torch.zeros(answers))
     assert (advantages_NM[1] != 0).all()  # the other group keeps its advantages
 

@@ -39,7 +39,7 @@ def test_page_has_the_row_and_a_paragraph(patch):
     # Only the cells that are measured may differ from what run.py prints.
     def unmeasured(line):
         cells = line.split(" | ")
-        return [*cells[:2], cells[4], *cells[6:]]
+        return [*cells[:2], cells[5], *cells[7:]]
 
     page = (PITFALLS / "README.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith(f"| [`{patch.stem}`]")]
@@ -49,7 +49,7 @@ def test_page_has_the_row_and_a_paragraph(patch):
 
 def test_table_shows_success_and_the_metric_of_the_header():
     # Catches: the first evaluation taken for the last; bug and core swapped; the last step's metric
-    # instead of the mean.
+    # instead of the mean; a difference that is not paired by seed.
     patch = PITFALLS / "temperature.patch"
 
     def seed_run(after: float, differences: list[float]):
@@ -60,13 +60,14 @@ def test_table_shows_success_and_the_metric_of_the_header():
         return SeedRun(metrics=metrics, seconds=1.0, answers=[])
 
     core = [seed_run(after, [0.0, 0.0]) for after in (0.7, 0.8, 0.9)]
-    bug = [seed_run(0.5, [0.25, 0.75])] * 3
+    bug = [seed_run(after, [0.25, 0.75]) for after in (0.5, 0.6, 0.7)]
     cells = row(patch, core, bug).strip("| ").split(" | ")
     assert cells[2] == success(core) == "40.0 → 80.0 % (55.2 … 100.0)"  # 0.8 ± 4.303 · 0.1 / √3
-    assert cells[3] == "40.0 → 50.0 % (50.0 … 50.0)"
-    assert cells[5] == "0 → 0.5"
+    assert cells[3] == "40.0 → 60.0 % (35.2 … 84.8)"
+    assert cells[4] == "-20.0 (-20.0 … -20.0)"
+    assert cells[6] == "first step 0 → 0.25, mean 0 → 0.5"
     assert "[huggingface/trl#4159](https://github.com/huggingface/trl/issues/4159)" in cells[1]
-    assert {line.count(" | ") for line in table([row(patch, core, bug)]).splitlines()[::2]} == {6}
+    assert {line.count(" | ") for line in table([row(patch, core, bug)]).splitlines()[::2]} == {7}
 
 
 # ---------------------------------------------------------------- the suite catches each of them

@@ -368,10 +368,12 @@ def write_run(directory: Path, made_with: str) -> None:
 
 
 def test_a_finished_run_is_used_again_unless_patch_or_settings_differ(tmp_path, monkeypatch):
-    # Catches: `if not out.exists()` dropped; the seed, the settings or the patch left out of
-    # made_with.
-    patch, out = VARIANTS / "rloo.patch", tmp_path / "rloo-3"
-    write_run(out, f"training.seed=3\ndata.test_size=9\n{patch.read_text()}")
+    # Catches: `if not out.exists()` dropped; the seed, the settings or the diff left out of
+    # made_with; the patch's header in it.
+    patch, out = tmp_path / "rloo.patch", tmp_path / "rloo-3"
+    text = (VARIANTS / "rloo.patch").read_text(encoding="utf-8")
+    patch.write_text("Another header.\n" + text, encoding="utf-8")
+    write_run(out, "training.seed=3\ndata.test_size=9\n" + text[text.index("\ndiff --git") :])
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
     result = run.train(patch, 3, ["data.test_size=9"], out)
     assert result.seconds == 2.5

@@ -92,7 +92,7 @@ def train(patch: Path | None, seed: int, settings: list[str], out: Path) -> Seed
     A run that is there already is used again.
     """
     settings = [f"training.seed={seed}", *settings]
-    made_with = "\n".join([*settings, patch.read_text() if patch else ""])
+    made_with = "\n".join([*settings, diff_of(patch) if patch else ""])
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as directory:
@@ -113,6 +113,12 @@ def train(patch: Path | None, seed: int, settings: list[str], out: Path) -> Seed
     shares = f"{before['eval/success']:.1%} to {after['eval/success']:.1%}"
     print(f"{out.name}: {shares}, {result.seconds:.0f} s", flush=True)
     return result
+
+
+def diff_of(patch: Path) -> str:
+    """A patch without its header."""
+    _, separator, diff = patch.read_text(encoding="utf-8").partition("\ndiff --git ")
+    return separator + diff
 
 
 def read_run(directory: Path) -> SeedRun:
@@ -219,8 +225,7 @@ def speed(target: float, runs: list[SeedRun]) -> str:
 
 def patch_size(patch: Path) -> str:
     """Lines that a patch adds and removes, as in "+5 −5"."""
-    text = patch.read_text()
-    diff = text[text.index("\ndiff --git ") :].splitlines()
+    diff = diff_of(patch).splitlines()
     added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
     removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
     return f"+{added} −{removed}"
