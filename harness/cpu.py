@@ -4,6 +4,7 @@ They use parts of PyTorch that are not public, each for a measured reason (bench
 """
 
 import ctypes
+import os
 import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,23 @@ SMALL = 2**17  # weights; a smaller matrix stays in the CPU's cache and gains no
 
 
 def prepare_process() -> None:
-    """Make sums deterministic, so that runs with the same seed are identical; keep freed memory.
+    """Set up the process before the first product: deterministic sums, and two ways to use memory.
 
-    Every step frees and allocates the same hundreds of megabytes. Returning them to the kernel and
-    faulting them in again page by page takes as long as the arithmetic.
+    Sums are deterministic so that runs with the same seed are identical.
+
+    Freed memory is kept. Every step frees and allocates the same hundreds of megabytes. Returning
+    them to the kernel and faulting them in again page by page takes as long as the arithmetic.
+
+    Compiled products are not kept for long. oneDNN compiles code for each shape of a bf16 product,
+    about 0.7 MiB, and keeps it for the last 1,024 shapes, and so does the layer between oneDNN and
+    PyTorch. Since almost every micro-batch has another length, that comes to gigabytes. A model
+    needs fewer than 64 shapes at once.
     """
     # Like use_deterministic_algorithms(True), but without importing the compiler (4 s, 150 MB).
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # Linux with glibc; other C libraries keep their own policy
         libc.mallopt(M_MMAP_MAX, 0)

@@ -292,6 +292,32 @@ def test_freed_memory_is_kept():
     assert after < 0.8 * before  # the heap may grow a few times before a freed block fits
 
 
+SHAPES = """
+import pathlib, re, torch
+from harness import cpu
+cpu.prepare_process()
+def kib():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+matrix = torch.ones(500, 128, dtype=torch.bfloat16)
+matrix @ matrix[:128]
+before = kib()
+for length in range(64, 464):
+    matrix[:length] @ matrix[:128]
+print(kib() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+@pytest.mark.skipif(
+    not cpu.packs_for_decoding("cpu", torch.bfloat16), reason="oneDNN has no bf16 on this CPU"
+)
+def test_products_of_many_shapes_take_little_memory():
+    # Catches: either of the two caches left at its default.
+    command = [sys.executable, "-c", SHAPES]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 100 * 2**10
+
+
 @pytest.mark.parametrize("library", ["no mallopt", "no oneDNN"])
 def test_a_cpu_without_these_libraries_still_works(library, monkeypatch):
     # Catches: mallopt called on macOS; an operator of oneDNN called without oneDNN.
