@@ -21,7 +21,15 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from variants.run import ROOT, T_95, SeedRun, evaluations, interval, mean_curve, train
+from variants.run import (
+    ROOT,
+    SeedRun,
+    check_arguments,
+    evaluations,
+    interval,
+    mean_curve,
+    train,
+)
 
 PITFALLS, RUNS = ROOT / "pitfalls", ROOT / "runs" / "pitfalls"
 HEAD = (
@@ -37,11 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
     arguments = parser.parse_args(argv)
     patches = {path.stem: path for path in sorted(PITFALLS.glob("*.patch"))}
-    for name in arguments.names:
-        if name not in patches:
-            parser.error(f"there is no pitfall {name!r}; choose from {', '.join(patches)}")
-    if len(arguments.seeds) > max(T_95):
-        parser.error(f"got {len(arguments.seeds)} seeds; at most {max(T_95)} are possible")
+    check_arguments(parser, arguments.names, patches, arguments.seeds)
     rows = []
     for name in arguments.names or patches:
         own_settings = fields(patches[name]).get("Settings", "").split()

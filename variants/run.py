@@ -51,11 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = [name for name in arguments.names if "=" in name]
     names = [name for name in arguments.names if "=" not in name]
     patches = {"grpo": None} | {path.stem: path for path in sorted(VARIANTS.glob("*.patch"))}
-    for name in names:
-        if name not in patches:
-            parser.error(f"there is no variant {name!r}; choose from {', '.join(patches)}")
-    if len(arguments.seeds) > max(T_95):
-        parser.error(f"got {len(arguments.seeds)} seeds; at most {max(T_95)} are possible")
+    check_arguments(parser, names, patches, arguments.seeds)
     results = {}
     for name in names:
         results[name] = [
@@ -66,6 +62,15 @@ def main(argv: list[str] | None = None) -> None:
         lines = [json.dumps(record) + "\n" for record in mean_curve(results[name])]
         (RUNS / name / "metrics.jsonl").write_text("".join(lines))
     print("\n" + table(results))
+
+
+def check_arguments(parser: argparse.ArgumentParser, names: list, patches: dict, seeds: list):
+    """End the program with a message if a name is unknown or there are too many seeds."""
+    for name in names:
+        if name not in patches:
+            parser.error(f"there is no patch {name!r}; choose from {', '.join(patches)}")
+    if len(seeds) > max(T_95):
+        parser.error(f"got {len(seeds)} seeds; at most {max(T_95)} are possible")
 
 
 # ---------------------------------------------------------------- one run
