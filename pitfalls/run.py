@@ -25,8 +25,7 @@ from variants.run import (
     ROOT,
     SeedRun,
     check_arguments,
-    evaluations,
-    interval,
+    difference,
     mean_curve,
     train,
 )
@@ -73,7 +72,7 @@ def row(patch: Path, core: list[SeedRun], bug: list[SeedRun]) -> str:
     field = fields(patch)
     metric, caught_by = field["Metric"], field["Caught by"].partition("::")[2]
     cells = [f"[`{patch.stem}`](#{patch.stem})", links(field["Reported"])]
-    cells += [success(core), success(bug), difference(core, bug)]
+    cells += [success(core), success(bug), difference(core, bug) if core else "–"]
     cells += [f"`{metric}`: {field['Symptom']}", values(metric, core, bug), f"`{caught_by}`"]
     return f"| {' | '.join(cells)} |"
 
@@ -94,19 +93,6 @@ def success(runs: list[SeedRun]) -> str:
         for i, name in ((0, "success"), (-1, "success"), (-1, "success_low"), (-1, "success_high"))
     )
     return f"{before:.1f} → {after:.1f} % ({low:.1f} … {high:.1f})"
-
-
-def difference(core: list[SeedRun], bug: list[SeedRun]) -> str:
-    """How much more success there is with the bug, from pairs of runs with the same seed."""
-    if not core:
-        return "–"
-    pairs = zip(core, bug, strict=True)
-    mean, low, high = interval([100 * (last_success(b) - last_success(a)) for a, b in pairs])
-    return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
-
-
-def last_success(run: SeedRun) -> float:
-    return evaluations(run)[-1]["eval/success"]
 
 
 def values(metric: str, core: list[SeedRun], bug: list[SeedRun]) -> str:

@@ -332,18 +332,22 @@ def seed_run(successes: list[float], answers: int = 100):
 
 def test_table_ranks_by_answers_until_success():
     # Catches: >= -> > in answers_until; [: record["step"]] -> [: record["step"] + 1]; the order of
-    # TARGETS; T_95[len(values) + 1]; math.inf -> 0.0 in mean_answers.
+    # TARGETS; T_95[len(values) + 1]; math.inf -> 0.0 in mean_answers; b - a -> a - b in difference.
     results = {
         "kl": [seed_run([0.1, 0.8, 0.8])] * 2 + [seed_run([0.1, 0.5, 0.6])],
         "grpo": [seed_run([0.1, 0.8, 0.95], answers) for answers in (100, 200, 300)],
-        "rloo": [seed_run([0.5, 0.9, 0.7])],
     }
+    alone = run.table({"rloo": [seed_run([0.5, 0.9, 0.7])]}).splitlines()[2]
+    cells = alone.strip("| ").split(" | ")
+    assert cells[:4] == ["rloo", run.patch_size(VARIANTS / "rloo.patch"), "200", "200"]
+    assert cells[4::3] == ["50.0% (25.0% … 75.0%)", "-"]
+    results["rloo"] = [seed_run([0.5, 0.9, 0.7], 50)] * 3
     rows = [row.strip("| ").split(" | ") for row in run.table(results).splitlines()[2:]]
-    assert rows[0][:4] == ["rloo", run.patch_size(VARIANTS / "rloo.patch"), "200", "200"]
-    assert rows[0][4::3] == ["50.0% (25.0% … 75.0%)", "7"]
+    assert rows[0][0] == "rloo"
+    assert rows[0][7:] == ["-25.0 (-25.0 … -25.0)", "7"]
     assert rows[1][0] == "grpo"
     assert rows[1][2] == "800 (0 … 1,794)"  # 400, 800, 1200: 800 ± 4.303 · 400 / √3
-    assert rows[1][4] == "10.0% (10.0% … 10.0%)"
+    assert rows[1][4::3] == ["10.0% (10.0% … 10.0%)", "-"]
     assert rows[2][0] == "kl"
     assert rows[2][2:4] == ["-", "- (2 of 3 seeds)"]
 

@@ -10,8 +10,9 @@ and given again.
 
 The table at the end has one row per name, best first. "to 90 %" is the number of answers sampled
 until success on the held-out questions first reaches 90 %, "-" if it never does. Success is only
-measured at evaluations, so training.eval_interval sets how precise this is. Values are means over
-the seeds with the 95 % interval of the mean (Student's t).
+measured at evaluations, so training.eval_interval sets how precise this is. "to grpo" is the
+difference to grpo's success at the end, in points, between runs with the same seed. Values are
+means over the seeds with the 95 % interval of the mean (Student's t).
 """
 
 import argparse
@@ -195,9 +196,10 @@ def table(results: dict[str, list[SeedRun]]) -> str:
     def rank(name: str) -> list[float]:
         return [mean_answers(target, results[name]) for target in TARGETS]
 
-    head = "| variant | lines | to 90 % | to 80 % | before | halfway | after | seconds |"
-    rows = [row(name, results[name]) for name in sorted(results, key=rank)]
-    return "\n".join([head, "| --- " * 8 + "|", *rows])
+    head = "| variant | lines | to 90 % | to 80 % | before | halfway | after | to grpo | seconds |"
+    grpo = results.get("grpo")
+    rows = [row(name, results[name], grpo) for name in sorted(results, key=rank)]
+    return "\n".join([head, "| --- " * 9 + "|", *rows])
 
 
 def mean_answers(target: float, runs: list[SeedRun]) -> float:
@@ -206,15 +208,26 @@ def mean_answers(target: float, runs: list[SeedRun]) -> float:
     return math.inf if None in answers else fmean(answers)
 
 
-def row(name: str, runs: list[SeedRun]) -> str:
+def row(name: str, runs: list[SeedRun], grpo: list[SeedRun] | None) -> str:
     size = "" if name == "grpo" else patch_size(VARIANTS / f"{name}.patch")
     cells = [name, size, *(speed(target, runs) for target in TARGETS)]
     curve = [record for record in mean_curve(runs) if "eval/success" in record]
     for record in (curve[0], curve[len(curve) // 2], curve[-1]):
         low, high = record["eval/success_low"], record["eval/success_high"]
         cells.append(f"{record['eval/success']:.1%} ({low:.1%} … {high:.1%})")
+    cells.append("-" if grpo is None or name == "grpo" else difference(grpo, runs))
     cells.append(f"{fmean(run.seconds for run in runs):.0f}")
     return f"| {' | '.join(cells)} |"
+
+
+def difference(core: list[SeedRun], other: list[SeedRun]) -> str:
+    """How many points more success `other` ends with, from pairs of runs with the same seed."""
+    changes = [
+        100 * (evaluations(b)[-1]["eval/success"] - evaluations(a)[-1]["eval/success"])
+        for a, b in zip(core, other, strict=True)
+    ]
+    mean, low, high = interval(changes)
+    return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
 
 
 def speed(target: float, runs: list[SeedRun]) -> str:
