@@ -21,14 +21,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from variants.run import (
-    ROOT,
-    SeedRun,
-    check_arguments,
-    difference,
-    mean_curve,
-    train,
-)
+from variants.run import ROOT, SeedRun, check_arguments, difference, mean_curve, train
 
 PITFALLS, RUNS = ROOT / "pitfalls", ROOT / "runs" / "pitfalls"
 HEAD = (
@@ -45,14 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     patches = {path.stem: path for path in sorted(PITFALLS.glob("*.patch"))}
     check_arguments(parser, arguments.names, patches, arguments.seeds)
-    rows = []
+    rows, cores = [], {}  # pitfalls without settings of their own share one core
     for name in arguments.names or patches:
         own_settings = fields(patches[name]).get("Settings", "").split()
         settings = [f"training.max_steps={arguments.steps}", *own_settings]
         core = f"core-{name}" if own_settings else "core"
-        without = [train(None, n, settings, RUNS / f"{core}-{n}") for n in arguments.seeds]
+        if core not in cores:
+            cores[core] = [train(None, n, settings, RUNS / f"{core}-{n}") for n in arguments.seeds]
         bug = [train(patches[name], n, settings, RUNS / f"{name}-{n}") for n in arguments.seeds]
-        rows.append(row(patches[name], without, bug))
+        rows.append(row(patches[name], cores[core], bug))
     print("\n" + table(rows))
 
 

@@ -341,6 +341,8 @@ def test_table_ranks_by_answers_until_success():
     cells = alone.strip("| ").split(" | ")
     assert cells[:4] == ["rloo", run.patch_size(VARIANTS / "rloo.patch"), "200", "200"]
     assert cells[4::3] == ["50.0% (25.0% … 75.0%)", "-"]
+    one_seed = {"grpo": [seed_run([0.5, 0.6])], "rloo": [seed_run([0.5, 0.9])]}
+    assert " | +30.0 | " in run.table(one_seed)  # without an interval
     results["rloo"] = [seed_run([0.5, 0.9, 0.7], 50)] * 3
     rows = [row.strip("| ").split(" | ") for row in run.table(results).splitlines()[2:]]
     assert rows[0][0] == "rloo"

@@ -227,6 +227,8 @@ def difference(core: list[SeedRun], other: list[SeedRun]) -> str:
         for a, b in zip(core, other, strict=True)
     ]
     mean, low, high = interval(changes)
+    if len(changes) == 1:
+        return f"{mean:+.1f}"
     return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
 
 
