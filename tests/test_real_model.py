@@ -94,17 +94,14 @@ def test_prompt_ids_and_greedy_answer_equal_those_of_transformers(model, tokeniz
 
 
 def render_prompt(problem: dict, tokenizer: Tokenizer) -> str:
-    """With an example, because a model of 135 M weights never uses the tags without one."""
-    contents = [
-        ("system", "Write the final answer between <answer> and </answer>."),
-        ("user", "What is 2 + 3?"),
-        ("assistant", "<answer>5</answer>"),
-        ("user", f"What is {problem['a']} + {problem['b']}?"),
-    ]
+    contents = [("system", "Write the final answer between <answer> and </answer>.")]
+    if problem["example"]:
+        contents += [("user", "What is 2 + 3?"), ("assistant", "<answer>5</answer>")]
+    contents += [("user", f"What is {problem['a']} + {problem['b']}?")]
     return tokenizer.render_chat([{"role": role, "content": text} for role, text in contents])
 
 
-def reward_function(response: str, a: int, b: int) -> Reward:
+def reward_function(response: str, a: int, b: int, example: bool) -> Reward:
     """For the format alone, in parts, so that a model that never gets all of it can start."""
     tags = float(response.count("<answer>") == 1) + float(response.count("</answer>") == 1)
     ends = float(response.rstrip().endswith("</answer>"))
@@ -135,10 +132,17 @@ def test_five_steps_raise_the_format_reward_and_transformers_reads_the_result(
     def mean_reward(episodes):
         return sum(episode.reward.total for episode in episodes) / len(episodes)
 
-    held_out = [{"a": 11 + i, "b": 71 - i} for i in range(HELD_OUT)]
-    before = mean_reward(answers(held_out, 1, seeded_generator(1, "evaluation")))
+    # Without an example, a model of 135 M weights never uses the tags. With one, a model of 0.5 B
+    # weights always does.
+    for example in (False, True):
+        held_out = [{"a": 11 + i, "b": 71 - i, "example": example} for i in range(HELD_OUT)]
+        before = mean_reward(answers(held_out, 1, seeded_generator(1, "evaluation")))
+        if before > 0.05:
+            break
     for step in range(STEPS):
-        problems = [{"a": 13 * i + step, "b": 7 * i + 31} for i in range(QUESTIONS)]
+        problems = [
+            {"a": 13 * i + step, "b": 7 * i + 31, "example": example} for i in range(QUESTIONS)
+        ]
         stats = update_policy(
             model,
             optimizer,
@@ -150,7 +154,7 @@ def test_five_steps_raise_the_format_reward_and_transformers_reads_the_result(
         )
         assert stats.logprob_diff_max < 1e-3, "trainer and sampler compute different policies"
     after = mean_reward(answers(held_out, 1, seeded_generator(1, "evaluation")))
-    print(f"format reward: {before:.3f} -> {after:.3f}")
+    print(f"format reward, example={example}: {before:.3f} -> {after:.3f}")
     assert after > before + 0.1
 
     model.save_pretrained(tmp_path)
