@@ -1,4 +1,4 @@
-"""The tables of which Qwen2.5 fits on which GPU, as planned. Tests compare the pages with them.
+"""Tables that show which Qwen2.5 fits on which GPU, by the plan. Tests compare the pages with them.
 
 uv run python -m tests.tables     prints both tables
 """

@@ -430,7 +430,7 @@ TARGETS_P = torch.tensor([0, 3, 10, 3, 9, 1, 1])
 
 
 def hidden_and_head(dtype=torch.float64) -> list[torch.Tensor]:
-    """7 tokens, hidden size 5, a head of 13 rows, of which 11 are in the vocabulary."""
+    """7 tokens, hidden size 5, a head of 13 rows for a vocabulary of 11."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 13)]
     return [x.to(dtype).requires_grad_() for x in tensors]
